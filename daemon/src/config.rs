@@ -1,0 +1,1 @@
+//! The configuration: what each setting means and its default stand beside it.
