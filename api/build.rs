@@ -14,10 +14,21 @@ fn main() -> Result<(), Box<dyn Error>> {
 }
 
 fn cri(out: &std::path::Path) -> Result<(), Box<dyn Error>> {
-    let descriptors = protox::compile(["../proto/cri/v1/api.proto"], ["../proto/cri/v1"])?;
-    std::fs::write(out.join("cri.descriptors"), protox::prost::Message::encode_to_vec(&descriptors))?;
+    let mut compiler = protox::Compiler::new(["../proto/cri/v1"])?;
+    compiler.include_source_info(true).include_imports(true).open_file("../proto/cri/v1/api.proto")?;
+    let descriptors = compiler.file_descriptor_set();
+    // Encoded by the compiler: its own type for a descriptor set has lost the options that it does not know,
+    // `debug_redact` for one. The comments are for the generated code only.
+    let encoded = compiler.include_source_info(false).encode_file_descriptor_set();
+    std::fs::write(out.join("cri.descriptors"), encoded)?;
     // RPCs that the daemon does not implement answer UNIMPLEMENTED through the generated stubs.
-    tonic_prost_build::configure().generate_default_stubs(true).out_dir(out).compile_fds(descriptors)?;
+    tonic_prost_build::configure()
+        .btree_map(".")
+        // Its Debug would print passwords; `cri.rs` has one that does not.
+        .skip_debug(["runtime.v1.AuthConfig"])
+        .generate_default_stubs(true)
+        .out_dir(out)
+        .compile_fds(descriptors)?;
     Ok(())
 }
 

@@ -1,5 +1,4 @@
-//! The contract between ocid's processes, and nothing else: the CRI and shim protocols, the identities of pods and
-//! containers, where their files live, and what those files say.
+#![doc = include_str!("../README.md")]
 
 pub mod cgroup;
 #[cfg(feature = "cri")]
@@ -7,4 +6,6 @@ pub mod cri;
 pub mod id;
 pub mod paths;
 pub mod record;
+// Its children are generated: there is no folder of them here.
+#[allow(clippy::self_named_module_files)]
 pub mod shim;
