@@ -2,4 +2,11 @@
 
 pub mod config;
 pub mod error;
+pub mod host;
+pub mod image;
+pub mod network;
+pub mod oci;
+pub mod rooted;
 pub mod shim;
+pub mod snapshot;
+pub mod spec;
