@@ -1,0 +1,197 @@
+//! Paths of cgroups, who is in one, and how to end them all.
+//!
+//! Never acts on the root of a hierarchy, whatever a record says, and never on a recycled pid: a process is looked at
+//! again through its pidfd's pid before it is signalled.
+
+pub(crate) mod oom;
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use ocid_api::cgroup::{Version, of_process};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+
+/// How deep below a container's cgroup its own children are looked for.
+const DEPTH_MAX: usize = 16;
+/// Longest pause between two looks at who still lives.
+const PAUSE_MAX: Duration = Duration::from_millis(50);
+
+/// A cgroup below the root.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Cgroup {
+    version: Version,
+    path: String,
+}
+
+impl Cgroup {
+    /// `None` for what must not be touched: the root, or a path that leaves the hierarchy.
+    pub(crate) fn new(version: Version, path: &str) -> Option<Cgroup> {
+        let mut components = path.split('/').filter(|c| !c.is_empty()).peekable();
+        components.peek()?;
+        let inside = components.all(|c| c != "." && c != ".." && !c.contains('\0'));
+        inside.then(|| Cgroup { version, path: format!("/{}", path.trim_matches('/')) })
+    }
+
+    /// The cgroup of a process; `None` if it has gone or lives in the root.
+    pub(crate) fn of(pid: i32) -> Option<Cgroup> {
+        let version = Version::detect().ok()?;
+        let text = fs::read_to_string(format!("/proc/{pid}/cgroup")).ok()?;
+        Cgroup::new(version, of_process(version, &text)?)
+    }
+
+    /// Below the mount of each hierarchy, with a leading slash.
+    pub(crate) fn path(&self) -> &str {
+        &self.path
+    }
+
+    pub(super) fn version(&self) -> Version {
+        self.version
+    }
+
+    /// Where the kernel shows it; on v1, in the memory hierarchy.
+    pub(super) fn dir(&self) -> PathBuf {
+        self.version.dir("memory", &self.path)
+    }
+
+    /// Kills everything in it, forks included, and waits until nothing is left. Says whether that was reached.
+    pub(crate) async fn kill(&self, within: Duration) -> bool {
+        let deadline = Instant::now() + within;
+        let mut pause = Duration::from_millis(1);
+        loop {
+            if self.version == Version::V2 {
+                let _ = fs::write(self.dir().join("cgroup.kill"), "1"); // 5.14; older kernels: one by one, below
+            }
+            let left = self.processes();
+            if left.is_empty() {
+                return true;
+            }
+            for pid in left {
+                self.kill_process(pid);
+            }
+            if Instant::now() >= deadline {
+                return false;
+            }
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(PAUSE_MAX);
+        }
+    }
+
+    /// Removes the cgroup and what is below it, in every hierarchy. One that is not there, or not empty, is passed over.
+    pub(crate) fn remove(&self) {
+        for hierarchy in self.version.hierarchies().unwrap_or_default() {
+            remove_tree(&hierarchy.join(self.path.trim_start_matches('/')), DEPTH_MAX);
+        }
+    }
+
+    /// Its processes and those of cgroups below it, zombies excepted.
+    pub(crate) fn processes(&self) -> Vec<i32> {
+        let mut pids = Vec::new();
+        collect(&self.dir(), DEPTH_MAX, &mut pids);
+        pids.retain(|pid| !is_zombie(*pid));
+        pids
+    }
+
+    fn kill_process(&self, pid: i32) {
+        let Some(Ok(pidfd)) = Pid::from_raw(pid).map(|pid| pidfd_open(pid, PidfdFlags::empty())) else {
+            return;
+        };
+        // The pid may have been reused before we opened it: is this still one of ours?
+        let ours = Cgroup::of(pid).is_some_and(|found| {
+            found == *self || found.path.strip_prefix(&self.path).is_some_and(|rest| rest.starts_with('/'))
+        });
+        if ours {
+            let _ = pidfd_send_signal(&pidfd, Signal::KILL);
+        }
+    }
+}
+
+/// Moves this process into a cgroup, in every hierarchy, making it where it is missing.
+///
+/// # Errors
+/// The first failure; the other hierarchies are entered all the same.
+pub(crate) fn enter(path: &str) -> io::Result<()> {
+    let version = Version::detect()?;
+    let cgroup =
+        Cgroup::new(version, path).ok_or_else(|| io::Error::other(format!("{path:?} is no cgroup")))?;
+    let mut result = Ok(());
+    for hierarchy in version.hierarchies()? {
+        let entered = enter_in(&hierarchy, cgroup.path.trim_start_matches('/'));
+        result = result.and(entered);
+    }
+    result
+}
+
+fn enter_in(hierarchy: &Path, path: &str) -> io::Result<()> {
+    let with_path = |e: io::Error| io::Error::new(e.kind(), format!("{}/{path}: {e}", hierarchy.display()));
+    let mut dir = hierarchy.to_path_buf();
+    for component in path.split('/') {
+        let parent = dir.clone();
+        dir.push(component);
+        match fs::create_dir(&dir) {
+            Err(e) if e.kind() != io::ErrorKind::AlreadyExists => return Err(with_path(e)),
+            _ => {}
+        }
+        inherit_cpuset(&parent, &dir);
+    }
+    fs::write(dir.join("cgroup.procs"), std::process::id().to_string()).map_err(with_path)
+}
+
+/// A new cgroup of v1's cpuset has no CPU and no memory node, and nobody can enter it until it has.
+fn inherit_cpuset(parent: &Path, dir: &Path) {
+    for file in ["cpuset.cpus", "cpuset.mems"] {
+        if fs::read_to_string(dir.join(file)).is_ok_and(|text| text.trim().is_empty())
+            && let Ok(inherited) = fs::read_to_string(parent.join(file))
+        {
+            let _ = fs::write(dir.join(file), inherited.trim());
+        }
+    }
+}
+
+fn collect(dir: &Path, depth: usize, pids: &mut Vec<i32>) {
+    if let Ok(text) = fs::read_to_string(dir.join("cgroup.procs")) {
+        pids.extend(text.lines().filter_map(|line| line.parse::<i32>().ok()).filter(|pid| *pid > 1));
+    }
+    for child in children(dir).filter(|_| depth > 0) {
+        collect(&child, depth - 1, pids);
+    }
+}
+
+fn remove_tree(dir: &Path, depth: usize) {
+    for child in children(dir).filter(|_| depth > 0) {
+        remove_tree(&child, depth - 1);
+    }
+    let _ = fs::remove_dir(dir);
+}
+
+fn children(dir: &Path) -> impl Iterator<Item = PathBuf> {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    entries.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())).map(|entry| entry.path())
+}
+
+/// Whether only the exit status of a process is left: it cannot be killed more than that.
+pub(crate) fn is_zombie(pid: i32) -> bool {
+    let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else { return true };
+    // The name, in parentheses, may hold anything; the state comes after its last one.
+    stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with(['Z', 'X']))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_root_and_what_leaves_it_are_no_cgroup() {
+        for bad in ["", "/", "//", "/..", "/a/../..", "a/./b", "/a\0"] {
+            assert_eq!(Cgroup::new(Version::V1, bad), None, "{bad:?}");
+        }
+        assert_eq!(Cgroup::new(Version::V1, "a/b/").unwrap().path(), "/a/b");
+    }
+
+    #[test]
+    fn we_are_no_zombie_and_nobody_is() {
+        assert!(!is_zombie(i32::try_from(std::process::id()).unwrap()));
+        assert!(is_zombie(i32::MAX));
+    }
+}
