@@ -1,0 +1,267 @@
+//! The composition: builds every part in the order in which they need each other, recovers, serves, and drains.
+
+use std::collections::BTreeMap;
+use std::fs::{self, DirBuilder, File, Permissions};
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use ocid_api::paths::Dirs;
+use rustix::fs::FlockOperation;
+use rustix::io::Errno;
+use tokio::net::UnixListener;
+use tokio::process::Command;
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::config::{self, Config};
+use crate::cri::{self, ImageApi, RuntimeApi};
+use crate::error::{Context, Error, Kind, Result};
+use crate::host::{Host, RuntimeFeatures};
+use crate::image::Images;
+use crate::network::Network;
+use crate::oci::CgroupDriver;
+use crate::os;
+use crate::pod::{Handler, Parts, Pods};
+use crate::shim::{Deadlines, Launcher};
+use crate::snapshot::Overlay;
+use crate::stats::Stats;
+
+/// How long a runtime may take to say what it can do.
+const PROBE_DEADLINE: Duration = Duration::from_secs(5);
+/// How long to wait for the lock of a daemon that is going.
+const LOCK_DEADLINE: Duration = Duration::from_secs(2);
+const LOCK_PAUSE: Duration = Duration::from_millis(10);
+/// Permissions of the CRI socket: root and its group.
+const SOCKET_MODE: u32 = 0o660;
+
+/// A daemon that has recovered and is about to serve.
+pub struct Daemon {
+    config: Config,
+    pods: Arc<Pods>,
+    images: Arc<Images>,
+    runtime_api: RuntimeApi,
+    listener: UnixListener,
+    /// Held as long as we live: one daemon per state directory.
+    _lock: File,
+}
+
+impl Daemon {
+    /// Builds every part and reads the records.
+    ///
+    /// # Errors
+    /// If the machine lacks something without which nothing can run, or another daemon uses the same directories.
+    pub async fn build(config: Config) -> Result<Daemon> {
+        let begun = Instant::now();
+        let dirs = Dirs { root: config.node.root.clone(), state: config.node.state.clone() };
+        // The state directory is passed through by those who hold a socket in it; what is in it is private by itself.
+        private_dir(&dirs.state, 0o711)?;
+        private_dir(&dirs.root, 0o700)?;
+        let lock = lock(&dirs.state).await?;
+        let host = Host::probe()?;
+        let cgroup_driver = match config.runtime.cgroup_driver.as_str() {
+            "systemd" => CgroupDriver::Systemd,
+            "cgroupfs" => CgroupDriver::Cgroupfs,
+            _ if host.systemd => CgroupDriver::Systemd,
+            _ => CgroupDriver::Cgroupfs,
+        };
+        let handlers = handlers(&config).await?;
+        let snapshots = Arc::new(Overlay::open(&dirs.root.join("snapshots"))?);
+        let images = Arc::new(Images::open(&dirs.root, &config.image, Arc::clone(&snapshots))?);
+        let network = Arc::new(Network::new(config.network.clone()));
+        let stats = Arc::new(Stats::new(host.cgroup, Arc::clone(&snapshots)));
+        let shim = shim_binary(&config)?;
+        let launcher =
+            Arc::new(Launcher::new(shim, dirs.clone(), config.shim.cgroup.clone(), deadlines(&config)));
+        let mut listed = handlers.clone();
+        if let Some(default) = handlers.get(&config.runtime.default_handler) {
+            listed.insert(String::new(), default.clone());
+        }
+        let pods = Arc::new(Pods::new(Parts {
+            launcher,
+            network,
+            images: Arc::clone(&images),
+            snapshots,
+            host,
+            config: config.runtime.clone(),
+            cgroup_driver,
+            handlers,
+        }));
+        pods.recover()?;
+        // Before anybody can ask for an image: a node that reaches no registry has these and no others.
+        images.preload().await;
+        tracing::info!(pods = pods.pods().len(), took = ?begun.elapsed(), "recovered");
+        let runtime_api = RuntimeApi {
+            pods: Arc::clone(&pods),
+            stats,
+            cgroup_driver,
+            handlers: listed,
+            config: serde_json::to_value(&config)
+                .context(Kind::Internal, || "encode the configuration".into())?,
+            snapshots_dir: dirs.root.join("snapshots").to_string_lossy().into_owned(),
+        };
+        let listener = listener(&config.node.listen)?;
+        Ok(Daemon { config, pods, images, runtime_api, listener, _lock: lock })
+    }
+
+    /// Serves until SIGTERM or SIGINT; then finishes the calls under way. Pods run on.
+    ///
+    /// # Errors
+    /// If serving fails as a whole.
+    pub async fn run(self) -> Result<()> {
+        let mut terminate =
+            signal(SignalKind::terminate()).context(Kind::Internal, || "catch SIGTERM".into())?;
+        let mut interrupt =
+            signal(SignalKind::interrupt()).context(Kind::Internal, || "catch SIGINT".into())?;
+        notify(&[sd_notify::NotifyState::Ready]);
+        tracing::info!(socket = %self.config.node.listen.display(), "serving");
+        let stop = async {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            notify(&[sd_notify::NotifyState::Stopping]);
+            tracing::info!("stopping; pods run on");
+        };
+        let grace = Duration::from_secs(self.config.node.shutdown_grace_s);
+        let image_api = ImageApi { images: self.images };
+        let served = cri::serve(self.listener, self.runtime_api, image_api, stop, grace).await;
+        if tokio::time::timeout(grace, self.pods.idle()).await.is_err() {
+            tracing::warn!("stopping before all that was half made is removed; the next start goes on");
+        }
+        served
+    }
+}
+
+/// How long calls to a shim may take.
+fn deadlines(config: &Config) -> Deadlines {
+    Deadlines {
+        call: Duration::from_secs(config.shim.call_timeout_s),
+        runtime: Duration::from_secs(config.runtime.timeout_s),
+        start: Duration::from_secs(config.shim.start_timeout_s),
+        cleanup: Duration::from_secs(config.shim.cleanup_timeout_s),
+    }
+}
+
+/// Makes a directory of our own with these permissions, or gives an existing one these.
+fn private_dir(dir: &Path, mode: u32) -> Result<()> {
+    let what = || format!("make {}", dir.display());
+    DirBuilder::new().recursive(true).mode(mode).create(dir).context(Kind::Internal, what)?;
+    fs::set_permissions(dir, Permissions::from_mode(mode)).context(Kind::Internal, what)
+}
+
+/// Refuses to run beside another daemon on the same state.
+async fn lock(state: &Path) -> Result<File> {
+    let path = state.join("daemon.lock");
+    let what = || format!("lock {}", path.display());
+    let file =
+        File::options().create(true).truncate(false).write(true).open(&path).context(Kind::Internal, what)?;
+    let begun = Instant::now();
+    loop {
+        match rustix::fs::flock(file.as_fd(), FlockOperation::NonBlockingLockExclusive) {
+            Ok(()) => return Ok(file),
+            // A daemon that was just killed holds its files until the kernel has ended all of it.
+            Err(Errno::WOULDBLOCK) if begun.elapsed() < LOCK_DEADLINE => tokio::time::sleep(LOCK_PAUSE).await,
+            Err(Errno::WOULDBLOCK) => {
+                return Err(Error::precondition(format!(
+                    "another ocid serves {}: stop it, or give this one other directories with --state and --root",
+                    state.display()
+                )));
+            }
+            Err(error) => return Err(Error::with_source(Kind::Internal, what(), error)),
+        }
+    }
+}
+
+/// The socket that systemd passed, or a new one.
+fn listener(path: &Path) -> Result<UnixListener> {
+    let what = || format!("listen on {}", path.display());
+    if let Some(listener) =
+        os::passed_listener().context(Kind::Internal, || "take the listener from systemd".into())?
+    {
+        listener.set_nonblocking(true).context(Kind::Internal, what)?;
+        return UnixListener::from_std(listener).context(Kind::Internal, what);
+    }
+    // We hold the lock, so a socket that is there is a dead daemon's.
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => {
+            return Err(Error::with_source(Kind::Internal, what(), e));
+        }
+        _ => {}
+    }
+    // Made without permissions for others: there is no moment at which they could connect.
+    let old = rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o177));
+    let bound = UnixListener::bind(path);
+    rustix::process::umask(old);
+    let listener = bound.context(Kind::Internal, what)?;
+    fs::set_permissions(path, Permissions::from_mode(SOCKET_MODE)).context(Kind::Internal, what)?;
+    Ok(listener)
+}
+
+fn shim_binary(config: &Config) -> Result<PathBuf> {
+    if !config.shim.path.as_os_str().is_empty() {
+        return find(&config.shim.path);
+    }
+    let own = std::env::current_exe().context(Kind::Internal, || "find our own binary".into())?;
+    let beside = own.with_file_name("ocid-shim");
+    if beside.is_file() { Ok(beside) } else { find(Path::new("ocid-shim")) }
+}
+
+/// The absolute path of a binary, looked up in PATH if it has no slash.
+fn find(binary: &Path) -> Result<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let candidates: Vec<PathBuf> = if binary.components().count() > 1 {
+        vec![binary.to_owned()]
+    } else {
+        std::env::split_paths(&path).map(|dir| dir.join(binary)).collect()
+    };
+    let found =
+        candidates.into_iter().find(|candidate| candidate.is_file()).and_then(|c| fs::canonicalize(c).ok());
+    found.ok_or_else(|| Error::precondition(format!("{} is not installed", binary.display())))
+}
+
+/// Finds the OCI runtimes and asks what they can do. Only the default one must be there.
+async fn handlers(config: &Config) -> Result<BTreeMap<String, Handler>> {
+    let mut found = BTreeMap::new();
+    for (name, handler) in &config.handlers {
+        match probe(handler).await {
+            Ok(handler) => {
+                for advisory in handler.features.advisories() {
+                    tracing::warn!(handler = name, runtime = %handler.binary.display(), version = handler.features.version, advisory, "this runtime has a known way out of containers; update it");
+                }
+                found.insert(name.clone(), handler);
+            }
+            Err(error) if *name == config.runtime.default_handler => {
+                return Err(error.during(format!("runtime handler {name:?}, which is the default")));
+            }
+            Err(error) => tracing::warn!(handler = name, %error, "runtime handler left out"),
+        }
+    }
+    Ok(found)
+}
+
+async fn probe(handler: &config::Handler) -> Result<Handler> {
+    let binary = find(&handler.path)?;
+    let (features, version) = tokio::try_join!(output(&binary, "features"), output(&binary, "--version"))?;
+    Ok(Handler { features: RuntimeFeatures::parse(&features, &String::from_utf8_lossy(&version))?, binary })
+}
+
+/// What a runtime prints; nothing if it does not know the command.
+async fn output(binary: &Path, argument: &str) -> Result<Vec<u8>> {
+    let what = || format!("run {} {argument}", binary.display());
+    let run = Command::new(binary).arg(argument).kill_on_drop(true).output();
+    let output = tokio::time::timeout(PROBE_DEADLINE, run)
+        .await
+        .map_err(|_| Error::new(Kind::DeadlineExceeded, what()))?
+        .context(Kind::Internal, what)?;
+    Ok(if output.status.success() { output.stdout } else { Vec::new() })
+}
+
+/// Tells systemd, if it listens.
+fn notify(state: &[sd_notify::NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(state) {
+        tracing::debug!(%error, "systemd was not told");
+    }
+}
