@@ -1,4 +1,4 @@
-//! The daemon.
+#![doc = include_str!("../README.md")]
 
 pub mod config;
 pub mod cri;

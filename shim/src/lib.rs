@@ -1,4 +1,4 @@
-//! The process that holds one pod.
+#![doc = include_str!("../README.md")]
 
 mod board;
 mod cgroup;

@@ -104,6 +104,11 @@ fn every_file_is_compiled() {
 }
 
 #[test]
+fn every_file_is_in_a_code_map() {
+    tidy(&tree::code_maps(&root(), &source::rust_files(&root())));
+}
+
+#[test]
 fn the_top_level_is_as_agreed() {
     tidy(&tree::top_level(&root()));
 }

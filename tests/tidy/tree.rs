@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::Finding;
-use crate::source::{Source, relative, walk};
+use crate::source::{Source, read, relative, walk};
 
 /// All that is visible at the top of the repository. Settings of tools are dot files.
 const TOP: &[&str] = &[
@@ -82,6 +82,37 @@ fn is_compiled(source: &Source, all: &[Source]) -> bool {
     };
     let declaration = format!("mod {name};");
     all.iter().any(|other| above.contains(&other.path) && other.find(&declaration).next().is_some())
+}
+
+/// The code map in the README of the daemon and of the shim has every file, and none that is not there.
+pub(crate) fn code_maps(root: &Path, sources: &[Source]) -> Vec<Finding> {
+    let paths: Vec<&str> = sources.iter().map(|source| source.path.as_str()).collect();
+    ["daemon", "shim"]
+        .iter()
+        .flat_map(|krate| code_map(krate, &read(&root.join(krate).join("README.md")), &paths))
+        .collect()
+}
+
+fn code_map(krate: &str, readme: &str, paths: &[&str]) -> Vec<Finding> {
+    let file = format!("{krate}/README.md");
+    // A row of the map begins with the file's name.
+    let mapped: Vec<(usize, String)> = (1..)
+        .zip(readme.lines())
+        .filter_map(|(number, line)| Some((number, line.strip_prefix("| `")?.split_once("` |")?.0)))
+        .filter(|(_, name)| name.ends_with(".rs"))
+        .map(|(number, name)| (number, format!("{krate}/{name}")))
+        .collect();
+    let missing = paths
+        .iter()
+        .filter(|path| {
+            path.starts_with(&format!("{krate}/")) && !mapped.iter().any(|(_, name)| name == *path)
+        })
+        .map(|path| about(*path, 0, format!("is not in the code map of {file}: give it a row")));
+    let stale = mapped
+        .iter()
+        .filter(|(_, name)| !paths.contains(&name.as_str()))
+        .map(|(number, name)| about(&file, *number, format!("{name} is not there: take the row out")));
+    missing.chain(stale).collect()
 }
 
 /// Only the agreed names are visible at the top.
@@ -175,6 +206,17 @@ mod tests {
         };
         assert_eq!(dead_files(&files("mod run;")), []);
         assert_eq!(dead_files(&files("// mod run;\nmod rerun;")).len(), 1);
+    }
+
+    #[test]
+    fn a_file_without_a_row_and_a_row_without_a_file_are_found() {
+        let map = "| file | what |\n| `src/a.rs` | a |\n| `src/b.rs` | b |\nsee `src/c.rs`\n";
+        assert_eq!(code_map("shim", map, &["shim/src/a.rs", "shim/src/b.rs", "daemon/src/c.rs"]), []);
+        let found = code_map("shim", map, &["shim/src/a.rs", "shim/src/c.rs"]);
+        assert_eq!(
+            found.iter().map(|f| (f.file.as_str(), f.line)).collect::<Vec<_>>(),
+            [("shim/src/c.rs", 0), ("shim/README.md", 3)]
+        );
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! What the kernel offers and no safe library wraps: the only module of the shim with `unsafe`.
 //!
 //! Each function does one thing to this process or to a descriptor it is given. No policy lives here, no state but the
-//! one limit that [`inherit`] must remember for our children.
+//! one limit that `inherit` must remember for our children.
 
 #![allow(unsafe_code)]
 
@@ -25,7 +25,7 @@ pub fn become_subreaper() -> io::Result<()> {
     prctl::set_child_subreaper(true).map_err(io::Error::from_raw_os_error)
 }
 
-/// No core dump, no ptrace and no /proc/<us>/{mem,environ,fd} for anybody but root: pods' output passes through us.
+/// No core dump, no ptrace and no `/proc/self/{mem,environ,fd}` for anybody but root: pods' output passes through us.
 ///
 /// # Errors
 /// If the kernel refuses.

@@ -3,7 +3,7 @@
 //! A subreaper gets children it has never heard of. Each that exits keeps its pid, and its place in the container's pids
 //! limit, until somebody waits for it.
 //!
-//! An exit cannot be stolen: a pid is reaped only if it is in no [`Claim`] and no [`Hold`] exists. Whoever makes a
+//! An exit cannot be stolen: a pid is reaped only if it is in no `Claim` and no [`Hold`] exists. Whoever makes a
 //! process through the runtime takes a hold before it starts the runtime and keeps it until the pid is claimed, so there
 //! is no moment at which a process that somebody will want is neither held nor claimed.
 //!
