@@ -1,6 +1,7 @@
 //! The configuration file: what is wrong in it is said before anything is touched.
 
 use std::fs;
+use std::time::Duration;
 
 use harness::{Setup, test};
 
@@ -48,5 +49,35 @@ fn a_second_daemon_on_the_same_directories_is_refused() {
         let (status, said) = node.run_to_end(node.command());
         assert!(!status.success() && !said.is_empty());
         node.client().version().await.unwrap();
+    });
+}
+
+#[test]
+fn a_service_manager_passes_the_socket_and_is_told_when_it_is_served() {
+    test(Setup { start: false, ..Setup::default() }, async |node| {
+        let passed = node.path().join("passed.sock");
+        let listener = std::os::unix::net::UnixListener::bind(&passed).unwrap();
+        let told = node.path().join("notify.sock");
+        let notified = std::os::unix::net::UnixDatagram::bind(&told).unwrap();
+        notified.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        let daemon = node.command();
+        // The shell becomes the daemon, so that the pid it names is the daemon's.
+        let mut command = std::process::Command::new("sh");
+        command.args(["-c", "LISTEN_PID=$$ LISTEN_FDS=1 exec \"$@\" 3<&0 </dev/null", "sh"]);
+        command.arg(daemon.get_program()).args(daemon.get_args());
+        command.env("NOTIFY_SOCKET", &told).stdin(std::os::fd::OwnedFd::from(listener));
+        command.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null());
+        let mut child = command.spawn().unwrap();
+        let mut hear = || {
+            let mut said = [0; 256];
+            let length = notified.recv(&mut said).unwrap();
+            String::from_utf8_lossy(&said[..length]).into_owned()
+        };
+        assert!(hear().contains("READY=1"));
+        harness::Client::with_timeout(&passed, Duration::from_secs(10)).version().await.unwrap();
+        assert!(!node.socket().exists(), "it made a socket of its own beside the one it was given");
+        harness::process::signal(child.id(), nix::sys::signal::Signal::SIGTERM);
+        assert!(hear().contains("STOPPING=1"));
+        assert!(child.wait().unwrap().success());
     });
 }
