@@ -84,7 +84,7 @@ fn is_compiled(source: &Source, all: &[Source]) -> bool {
     all.iter().any(|other| above.contains(&other.path) && other.find(&declaration).next().is_some())
 }
 
-/// The code map in the README of the daemon and of the shim has every file, and none that is not there.
+/// The code map in the README of the daemon and of the shim has every file of `src`, and none that is not there.
 pub(crate) fn code_maps(root: &Path, sources: &[Source]) -> Vec<Finding> {
     let paths: Vec<&str> = sources.iter().map(|source| source.path.as_str()).collect();
     ["daemon", "shim"]
@@ -99,13 +99,13 @@ fn code_map(krate: &str, readme: &str, paths: &[&str]) -> Vec<Finding> {
     let mapped: Vec<(usize, String)> = (1..)
         .zip(readme.lines())
         .filter_map(|(number, line)| Some((number, line.strip_prefix("| `")?.split_once("` |")?.0)))
-        .filter(|(_, name)| name.ends_with(".rs"))
+        .filter(|(_, name)| name.starts_with("src/") && name.ends_with(".rs"))
         .map(|(number, name)| (number, format!("{krate}/{name}")))
         .collect();
     let missing = paths
         .iter()
         .filter(|path| {
-            path.starts_with(&format!("{krate}/")) && !mapped.iter().any(|(_, name)| name == *path)
+            path.starts_with(&format!("{krate}/src/")) && !mapped.iter().any(|(_, name)| name == *path)
         })
         .map(|path| about(*path, 0, format!("is not in the code map of {file}: give it a row")));
     let stale = mapped
