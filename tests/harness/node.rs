@@ -160,10 +160,12 @@ impl Node {
         format!(
             "[network]\nconf_dir = {:?}\nplugin_dirs = [{plugins:?}]\n\n\
              [image]\ncerts_dir = {:?}\npreload_dir = {:?}\n\n\
-             [runtime]\ncgroup_parent = {:?}\n",
+             [runtime]\ncgroup_parent = {:?}\n\n\
+             [shim]\ncgroup = \"{}-shims\"\n",
             self.network.conf_dir,
             self.certs_dir(),
             self.preload_dir(),
+            self.cgroup,
             self.cgroup,
         )
     }
