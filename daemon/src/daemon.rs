@@ -228,8 +228,10 @@ async fn handlers(config: &Config) -> Result<BTreeMap<String, Handler>> {
     for (name, handler) in &config.handlers {
         match probe(handler).await {
             Ok(handler) => {
-                for advisory in handler.features.advisories() {
-                    tracing::warn!(handler = name, runtime = %handler.binary.display(), version = handler.features.version, advisory, "this runtime has a known way out of containers; update it");
+                let advisories = handler.features.advisories().join(" ");
+                if !advisories.is_empty() {
+                    let (runtime, version) = (handler.binary.display(), &handler.features.version);
+                    tracing::warn!(handler = name, %runtime, version, advisories, "this runtime has known ways out of containers; update it");
                 }
                 found.insert(name.clone(), handler);
             }

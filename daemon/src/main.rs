@@ -1,5 +1,6 @@
 //! Flags, configuration, logging; then the daemon runs until it is told to stop.
 
+use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -66,6 +67,7 @@ fn run(arguments: Arguments) -> Result<()> {
             tracing_subscriber::fmt()
                 .with_env_filter(filter)
                 .with_writer(std::io::stderr)
+                .with_ansi(std::io::stderr().is_terminal())
                 .with_target(false)
                 .init();
             let runtime = tokio::runtime::Builder::new_multi_thread()
