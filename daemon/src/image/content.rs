@@ -6,9 +6,13 @@
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::reference::Digest;
 use crate::error::{Context, Error, Kind, Result};
+
+/// Extension of files that are being written.
+const UNFINISHED: &str = "tmp";
 
 /// The blobs of one node.
 #[derive(Debug)]
@@ -19,6 +23,7 @@ pub(super) struct Content {
 impl Content {
     pub(super) fn open(dir: PathBuf) -> Result<Content> {
         fs::create_dir_all(&dir).context(Kind::Internal, || format!("create {}", dir.display()))?;
+        remove_unfinished(&dir)?;
         Ok(Content { dir })
     }
 
@@ -27,8 +32,8 @@ impl Content {
         if !digest.matches(bytes) {
             return Err(Error::invalid(format!("digest mismatch: {} bytes are not {digest}", bytes.len())));
         }
-        let path = self.path(digest);
-        if path.exists() { Ok(()) } else { replace(&path, bytes) }
+        // What is there is kept only if it is right: this is how a damaged one is healed.
+        if self.get(digest).is_ok() { Ok(()) } else { replace(&self.path(digest), bytes) }
     }
 
     /// The bytes of a digest.
@@ -47,8 +52,14 @@ impl Content {
         let what = || format!("sweep {}", self.dir.display());
         for entry in fs::read_dir(&self.dir).context(Kind::Internal, what)? {
             let entry = entry.context(Kind::Internal, what)?;
-            if !entry.file_name().to_str().is_some_and(&keep) {
-                fs::remove_file(entry.path()).context(Kind::Internal, what)?;
+            let name = entry.file_name();
+            // What somebody is writing just now belongs to the digest that it begins with.
+            let hex = name.to_str().and_then(|name| name.split('.').next());
+            if !hex.is_some_and(&keep) {
+                match fs::remove_file(entry.path()) {
+                    Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+                    removed => removed.context(Kind::Internal, what)?,
+                }
             }
         }
         Ok(())
@@ -60,17 +71,37 @@ impl Content {
     }
 }
 
-/// Replaces a file atomically and durably: who reads it sees the old or the new bytes, also after a power cut.
+/// Replaces a file atomically and durably: who reads it sees the old or the new bytes, also after a power cut. Several
+/// may do so at once; one of them is last.
 pub(super) fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    // A name of its own: two who write the same file must not write into each other's.
+    let temporary = path.with_extension(format!("{}.{UNFINISHED}", COUNT.fetch_add(1, Ordering::Relaxed)));
     let write = || -> io::Result<()> {
-        let temporary = path.with_extension("tmp");
         let mut file = File::create(&temporary)?;
         file.write_all(bytes)?;
         file.sync_all()?;
         fs::rename(&temporary, path)?;
         File::open(path.parent().unwrap_or(Path::new("/")))?.sync_all()
     };
-    write().context(Kind::Internal, || format!("write {}", path.display()))
+    let written = write();
+    if written.is_err() {
+        // A full disk must not be filled further. Where nothing was made there is nothing to delete.
+        fs::remove_file(&temporary).ok();
+    }
+    written.context(Kind::Internal, || format!("write {}", path.display()))
+}
+
+/// Deletes what a crash in [`replace`] left. Only before anybody writes.
+pub(super) fn remove_unfinished(dir: &Path) -> Result<()> {
+    let what = || format!("clean {}", dir.display());
+    for entry in fs::read_dir(dir).context(Kind::Internal, what)? {
+        let path = entry.context(Kind::Internal, what)?.path();
+        if path.extension().is_some_and(|extension| extension == UNFINISHED) {
+            fs::remove_file(&path).context(Kind::Internal, what)?;
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -87,6 +118,48 @@ mod tests {
         assert_eq!(content.get(&digest).unwrap(), b"hello");
         fs::write(dir.path().join("c").join(digest.hex()), b"jello").unwrap();
         assert!(content.get(&digest).unwrap_err().to_string().contains("damaged"));
+    }
+
+    #[test]
+    fn a_damaged_blob_is_healed_by_the_next_that_brings_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let content = Content::open(dir.path().to_owned()).unwrap();
+        let digest = Digest::sha256(b"hello");
+        fs::write(dir.path().join(digest.hex()), b"jello").unwrap();
+        content.put(&digest, b"hello").unwrap();
+        assert_eq!(content.get(&digest).unwrap(), b"hello");
+    }
+
+    #[test]
+    fn many_may_bring_the_same_blob_while_a_sweep_runs() {
+        let dir = tempfile::tempdir().unwrap();
+        let content = Content::open(dir.path().to_owned()).unwrap();
+        let bytes = vec![7; 1 << 16];
+        let digest = Digest::sha256(&bytes);
+        let path = dir.path().join("same.json");
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..20 {
+                        content.put(&digest, &bytes).unwrap();
+                        replace(&path, &bytes).unwrap();
+                        assert_eq!(fs::read(&path).unwrap().len(), bytes.len());
+                    }
+                });
+            }
+            scope.spawn(|| {
+                (0..50).for_each(|_| content.sweep(|hex| hex == digest.hex() || hex == "same").unwrap())
+            });
+        });
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2);
+    }
+
+    #[test]
+    fn what_a_crash_left_unfinished_is_deleted_when_opened() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("abc.3.tmp"), b"half").unwrap();
+        Content::open(dir.path().to_owned()).unwrap();
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 
     #[test]

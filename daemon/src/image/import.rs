@@ -28,6 +28,8 @@ use crate::rooted::Rooted;
 
 /// Members of an archive; a layout has one for each layer and document.
 const MEMBERS_MAX: usize = 100_000;
+/// How many links may follow one another.
+const LINKS_DEPTH_MAX: usize = 8;
 /// The largest archive that is expanded to be read.
 const ARCHIVE_BYTES_MAX: u64 = 256 << 30;
 
@@ -43,7 +45,7 @@ type Stamps = BTreeMap<String, Stamp>;
 
 impl Images {
     /// Imports every entry of the preload directory. What cannot be imported is logged and does not keep the rest.
-    pub async fn preload(&self) {
+    pub async fn preload(self: &Arc<Images>) {
         let stamps_file = self.root.join("preload.json");
         let mut stamps: Stamps = fs::read(&stamps_file)
             .ok()
@@ -78,7 +80,7 @@ impl Images {
     }
 
     /// `None` if nothing had to be done.
-    async fn preload_entry(&self, path: &Path, old: Option<&Stamp>) -> Result<Option<Stamp>> {
+    async fn preload_entry(self: &Arc<Images>, path: &Path, old: Option<&Stamp>) -> Result<Option<Stamp>> {
         let metadata =
             fs::metadata(path).context(Kind::Internal, || format!("look at {}", path.display()))?;
         let changed_ns = i128::from(metadata.ctime()) * 1_000_000_000 + i128::from(metadata.ctime_nsec());
@@ -108,8 +110,8 @@ impl Images {
 /// The files of a layout or an archive.
 pub(super) struct Blobs {
     files: Files,
-    /// Layers of `docker save`, whose names say nothing about their digest.
-    layers: HashMap<Digest, String>,
+    /// Digests of the layers of `docker save`, whose names say nothing about them. Several names may have one.
+    layers: HashMap<String, Digest>,
 }
 
 enum Files {
@@ -155,7 +157,14 @@ impl Blobs {
         let files = if path.is_dir() {
             Files::Directory(Rooted::new(path)?)
         } else {
-            let file = plain(File::open(path).context(Kind::Internal, what)?, scratch)?;
+            // Without waiting: a pipe that somebody left there has no other end.
+            let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+            let file =
+                File::from(rustix::fs::open(path, flags, Mode::empty()).context(Kind::Internal, what)?);
+            if !file.metadata().context(Kind::Internal, what)?.is_file() {
+                return Err(Error::invalid("neither a directory nor a regular file"));
+            }
+            let file = plain(file, scratch)?;
             let members = members(&file)?;
             Files::Archive { file: Arc::new(file), members }
         };
@@ -222,7 +231,7 @@ impl Blobs {
         let config = self.small(&image.config)?;
         let mut layers = Vec::new();
         for name in &image.layers {
-            let digest = self.layers.iter().find(|(_, layer)| *layer == name).map(|(digest, _)| digest);
+            let digest = self.layers.get(name);
             let digest =
                 digest.ok_or_else(|| Error::invalid(format!("layer {name:?} is not in the archive")))?;
             layers.push(json!({
@@ -270,8 +279,10 @@ impl Blobs {
         // An archive without manifest.json, or with a broken one, is told of by `images`.
         for image in self.docker_images().unwrap_or_default() {
             for name in image.layers {
-                if let Ok(digest) = self.hash(&name) {
-                    self.layers.insert(digest, name);
+                if !self.layers.contains_key(&name)
+                    && let Ok(digest) = self.hash(&name)
+                {
+                    self.layers.insert(name, digest);
                 }
             }
         }
@@ -280,8 +291,8 @@ impl Blobs {
 
     /// A reader of a blob.
     pub(super) fn open_blob(&self, digest: &Digest) -> Result<Box<dyn Read + Send>> {
-        match self.layers.get(digest) {
-            Some(name) => self.reader(name),
+        match self.layers.iter().find(|(_, layer)| *layer == digest) {
+            Some((name, _)) => self.reader(name),
             None => self.reader(&blob_path(digest)),
         }
     }
@@ -412,10 +423,15 @@ fn members(file: &File) -> Result<HashMap<String, Member>> {
             links.push((name, normal(&from.join(target))));
         }
     }
-    for (name, target) in links {
-        if let Some(member) = found.get(&target).copied() {
-            found.insert(name, member);
-        }
+    // A link may lead to another; each round follows them one step further.
+    for _ in 0..LINKS_DEPTH_MAX {
+        links.retain(|(name, target)| match found.get(target).copied() {
+            Some(member) => {
+                found.insert(name.clone(), member);
+                false
+            }
+            None => true,
+        });
     }
     Ok(found)
 }
@@ -447,5 +463,87 @@ impl Read for Section {
         self.at += n as u64;
         self.left -= n as u64;
         Ok(n)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn archive(path: &Path, files: &[(&str, &[u8])], links: &[(&str, &str)]) {
+        let mut archive = tar::Builder::new(File::create(path).unwrap());
+        // Links first: their targets need not come before them.
+        for (name, target) in links {
+            let mut header = tar::Header::new_gnu();
+            header.set_entry_type(tar::EntryType::Symlink);
+            header.set_size(0);
+            archive.append_link(&mut header, name, target).unwrap();
+        }
+        for (name, content) in files {
+            let mut header = tar::Header::new_gnu();
+            header.set_size(content.len() as u64);
+            header.set_mode(0o644);
+            archive.append_data(&mut header, name, *content).unwrap();
+        }
+        archive.finish().unwrap();
+    }
+
+    #[test]
+    fn layers_of_docker_save_may_be_equal_and_may_be_links_to_links() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("saved.tar");
+        let manifest = json!([{
+            "Config": "c.json",
+            "RepoTags": ["registry.test/x:1"],
+            "Layers": ["a/layer.tar", "b/layer.tar", "c/layer.tar"],
+        }]);
+        let manifest = manifest.to_string();
+        let files: &[(&str, &[u8])] = &[
+            ("manifest.json", manifest.as_bytes()),
+            ("c.json", b"{}"),
+            ("a/layer.tar", b"same"),
+            ("d/layer.tar", b"same"),
+        ];
+        archive(&path, files, &[("c/layer.tar", "../b/layer.tar"), ("b/layer.tar", "../d/layer.tar")]);
+        let blobs = Blobs::open(&path, dir.path()).unwrap();
+        let images = blobs.images().unwrap();
+        let digests: Vec<_> = images[0].manifest.layers.iter().map(|l| l.descriptor.digest.clone()).collect();
+        assert_eq!(digests, vec![Digest::sha256(b"same"); 3]);
+        let mut content = Vec::new();
+        blobs.open_blob(&digests[0]).unwrap().read_to_end(&mut content).unwrap();
+        assert_eq!(content, b"same");
+    }
+
+    #[test]
+    fn what_is_no_file_is_refused_and_not_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("pipe");
+        rustix::fs::mknodat(rustix::fs::CWD, &path, rustix::fs::FileType::Fifo, Mode::RUSR, 0).unwrap();
+        let error = Blobs::open(&path, dir.path()).err().unwrap();
+        assert!(error.to_string().contains("neither a directory nor a regular file"), "{error}");
+    }
+
+    #[test]
+    fn an_image_takes_its_lease_when_no_sweep_is_under_way() {
+        let dir = tempfile::tempdir().unwrap();
+        let snapshots = Arc::new(crate::snapshot::Overlay::open(&dir.path().join("snapshots")).unwrap());
+        let images = Arc::new(Images::open(dir.path(), &super::super::Config::default(), snapshots).unwrap());
+        let architecture = if cfg!(target_arch = "aarch64") { "arm64" } else { "amd64" };
+        let config = json!({"architecture": architecture, "os": "linux", "rootfs": {"type": "layers", "diff_ids": []}});
+        let manifest = json!([{"Config": "c.json", "RepoTags": ["registry.test/x:1"], "Layers": []}]);
+        let (config, manifest) = (config.to_string(), manifest.to_string());
+        let path = dir.path().join("saved.tar");
+        archive(&path, &[("manifest.json", manifest.as_bytes()), ("c.json", config.as_bytes())], &[]);
+        let pulling = Arc::clone(&images);
+        let sweeping = images.index();
+        let pull = std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(pulling.preload_entry(&path, None)).unwrap()
+        });
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        assert!(images.holds.names().is_empty(), "what the sweep does not know of is being relied on");
+        drop(sweeping);
+        assert_eq!(pull.join().unwrap().unwrap().images.len(), 1);
+        assert!(images.find("registry.test/x:1").unwrap().is_some());
     }
 }

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use super::content::replace;
+use super::content::{remove_unfinished, replace};
 use super::reference::{Digest, Reference};
 use crate::error::{Context, Error, Kind, Result};
 use crate::snapshot::ChainId;
@@ -53,6 +53,7 @@ impl Index {
     pub(super) fn open(dir: PathBuf) -> Result<Index> {
         let what = || format!("read {}", dir.display());
         fs::create_dir_all(&dir).context(Kind::Internal, what)?;
+        remove_unfinished(&dir)?;
         let mut index = Index { dir: dir.clone(), images: BTreeMap::new(), names: HashMap::new() };
         let mut files = Vec::new();
         for entry in fs::read_dir(&dir).context(Kind::Internal, what)? {
@@ -84,9 +85,15 @@ impl Index {
         self.images.values().cloned().collect()
     }
 
-    /// By id, with or without `sha256:`, by a unique prefix of the id, or by any reference.
+    /// By id, with or without `sha256:`, by any reference, or by a unique prefix of the id. In this order: an image
+    /// called `cafe` must not be mistaken for one whose id happens to begin so.
     pub(super) fn find(&self, text: &str) -> Result<Option<Arc<Image>>> {
         let hex = text.strip_prefix("sha256:").unwrap_or(text);
+        let whole = self.images.values().find(|image| image.id.hex() == hex);
+        let named = || normal(text).and_then(|name| self.images.get(self.names.get(&name)?));
+        if let Some(image) = whole.or_else(named) {
+            return Ok(Some(Arc::clone(image)));
+        }
         if hex.len() >= ID_PREFIX_MIN && hex.bytes().all(|b| b.is_ascii_hexdigit()) {
             let mut matching =
                 self.images.iter().filter(|(id, _)| id.hex().starts_with(hex)).map(|(_, image)| image);
@@ -95,11 +102,10 @@ impl Index {
                 (Some(_), Some(_)) => {
                     return Err(Error::invalid(format!("{text:?} begins the ids of several images")));
                 }
-                // A short name may look like a beginning of an id.
                 (None, _) => {}
             }
         }
-        Ok(normal(text).and_then(|name| self.images.get(self.names.get(&name)?)).cloned())
+        Ok(None)
     }
 
     /// Adds an image, or adds its names and manifests to the one that is there. Its names leave other images.
@@ -211,6 +217,16 @@ mod tests {
         }
         assert_eq!(index.find("busybox:1").unwrap(), None);
         assert_eq!(index.find(&"b".repeat(64)).unwrap(), None);
+    }
+
+    #[test]
+    fn a_name_that_looks_like_the_beginning_of_an_id_is_a_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut index = Index::open(dir.path().to_owned()).unwrap();
+        index.add(image('a', &[])).unwrap();
+        let named = index.add(image('b', &["docker.io/library/aaa:latest"])).unwrap();
+        assert_eq!(index.find("aaa").unwrap(), Some(named));
+        assert!(index.find("aaaa").unwrap().unwrap().id.hex().starts_with("aaaa"));
     }
 
     #[test]

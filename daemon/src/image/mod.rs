@@ -10,7 +10,7 @@
 //! it is there whole or not at all; whatever was unpacked before stays and is used by the next pull.
 //!
 //! What nobody needs is swept: a layer stays as long as an image in the index, a container ([`Lease`]) or a pull under
-//! way needs it.
+//! way needs it. No lock is held while files are deleted: what is condemned loses its name first.
 
 mod archive;
 pub mod auth;
@@ -31,13 +31,13 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::Semaphore;
+use tokio::sync::{Notify, Semaphore};
 
 pub use index::Image;
 
 use crate::error::{Context, Error, Kind, Result};
 use crate::section;
-use crate::snapshot::{ChainId, Overlay, Usage};
+use crate::snapshot::{ChainId, Condemned, Overlay, Usage};
 use content::Content;
 use index::Index;
 use manifest::ImageConfig;
@@ -140,7 +140,7 @@ impl Images {
 
     /// A lease on the layers of a container that is on record.
     pub fn lease_layers(&self, chain_ids: &[ChainId]) -> Lease {
-        Lease::new(&self.holds, chain_ids.iter().map(|id| id.hex().to_owned()))
+        Lease::new(&self.holds, chain_ids.iter().map(|id| id.hex().to_owned()), true)
     }
 
     /// What the image's config says.
@@ -181,32 +181,44 @@ impl Images {
     /// # Errors
     /// If one cannot be deleted.
     pub fn sweep(&self) -> Result<()> {
-        // Locked until all is deleted: who wants a layer next finds it whole or not at all.
+        let mut condemned = Vec::new();
+        let swept = self.condemn(&mut condemned);
+        condemned.into_iter().map(Condemned::remove).fold(swept, Result::and)
+    }
+
+    /// Takes the names of what nothing needs away.
+    fn condemn(&self, condemned: &mut Vec<Condemned>) -> Result<()> {
+        // Leases are taken under this lock too: who wants a layer next finds it whole or not at all.
         let index = self.index();
         let live = self.live(&index);
         for chain_id in self.snapshots.layers()? {
             if !live.contains(chain_id.hex()) {
-                self.snapshots.remove_layer(&chain_id)?;
+                condemned.extend(self.snapshots.condemn_layer(&chain_id)?);
             }
         }
         self.content.sweep(|hex| live.contains(hex))
     }
 
-    /// [`Images::sweep`], if a lease has ended on a layer that nothing else needs.
-    ///
-    /// # Errors
-    /// As [`Images::sweep`].
-    pub fn sweep_released(&self) -> Result<()> {
-        let released = self.holds.take_released();
-        if released.is_empty() {
-            return Ok(());
+    /// Runs for ever: sweeps whenever a container's lease has ended on a layer that nothing else needs.
+    pub async fn sweep_released(self: Arc<Images>) {
+        loop {
+            self.holds.freed.notified().await;
+            let released = self.holds.take_released();
+            let live = self.live(&self.index());
+            if released.iter().all(|name| live.contains(name)) {
+                continue;
+            }
+            let images = Arc::clone(&self);
+            match tokio::task::spawn_blocking(move || images.sweep()).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::error!(%error, "layers that nobody needs could not be deleted"),
+                Err(error) => tracing::error!(%error, "a sweep has failed"),
+            }
         }
-        let live = self.live(&self.index());
-        if released.iter().all(|name| live.contains(name)) { Ok(()) } else { self.sweep() }
     }
 
     /// What the images take on disk, and where.
-    pub fn usage(&self) -> (Usage, &Path) {
+    pub fn usage(&self) -> (Usage, PathBuf) {
         let mut seen = HashSet::new();
         let mut usage = Usage::default();
         for image in self.list() {
@@ -219,7 +231,7 @@ impl Images {
                 }
             }
         }
-        (usage, &self.root)
+        (usage, self.root.clone())
     }
 
     /// The hexadecimal names of all layers and documents that something needs.
@@ -243,16 +255,18 @@ impl Images {
 pub struct Lease {
     holds: Arc<Holds>,
     names: Vec<String>,
+    /// Whether its end lets a sweep begin. That of a pull does not: what it has fetched stays for the next.
+    frees: bool,
 }
 
 impl Lease {
-    fn new(holds: &Arc<Holds>, names: impl IntoIterator<Item = String>) -> Lease {
+    fn new(holds: &Arc<Holds>, names: impl IntoIterator<Item = String>, frees: bool) -> Lease {
         let names: Vec<String> = names.into_iter().collect();
         let mut counts = holds.lock();
         for name in &names {
             *counts.held.entry(name.clone()).or_default() += 1;
         }
-        Lease { holds: Arc::clone(holds), names }
+        Lease { holds: Arc::clone(holds), names, frees }
     }
 }
 
@@ -264,16 +278,25 @@ impl Drop for Lease {
                 *count -= 1;
                 if *count == 0 {
                     counts.held.remove(&name);
-                    counts.released.push(name);
+                    if self.frees {
+                        counts.released.push(name);
+                    }
                 }
             }
+        }
+        if !counts.released.is_empty() {
+            self.holds.freed.notify_one();
         }
     }
 }
 
 /// How many leases there are on each name.
 #[derive(Debug, Default)]
-struct Holds(Mutex<Counts>);
+struct Holds {
+    counts: Mutex<Counts>,
+    /// Told when something is released.
+    freed: Notify,
+}
 
 #[derive(Debug, Default)]
 struct Counts {
@@ -291,6 +314,57 @@ impl Holds {
     }
 
     fn lock(&self) -> MutexGuard<'_, Counts> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.counts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn images() -> (tempfile::TempDir, Arc<Images>) {
+        let dir = tempfile::tempdir().unwrap();
+        let snapshots = Arc::new(Overlay::open(&dir.path().join("snapshots")).unwrap());
+        let images = Images::open(dir.path(), &Config::default(), snapshots).unwrap();
+        (dir, Arc::new(images))
+    }
+
+    fn layer(images: &Images, digit: char) -> ChainId {
+        let id: ChainId = format!("sha256:{}", digit.to_string().repeat(64)).parse().unwrap();
+        images.snapshots.stage().unwrap().commit(&id, Usage::default()).unwrap();
+        id
+    }
+
+    #[tokio::test]
+    async fn a_layer_goes_when_the_last_container_on_it_has_gone_whoever_drops_it() {
+        let (_dir, images) = images();
+        let id = layer(&images, 'a');
+        let sweeper = tokio::spawn(Arc::clone(&images).sweep_released());
+        let chain = std::slice::from_ref(&id);
+        let (one, two) = (images.lease_layers(chain), images.lease_layers(chain));
+        images.sweep().unwrap();
+        drop(one);
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        assert!(images.snapshots.has(&id));
+        drop(two);
+        for _ in 0..500 {
+            if !images.snapshots.has(&id) {
+                sweeper.abort();
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        panic!("the layer stays");
+    }
+
+    #[tokio::test]
+    async fn what_a_failed_pull_has_fetched_stays_for_the_next() {
+        let (_dir, images) = images();
+        let id = layer(&images, 'a');
+        let sweeper = tokio::spawn(Arc::clone(&images).sweep_released());
+        drop(Lease::new(&images.holds, [id.hex().to_owned()], false));
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        assert!(images.snapshots.has(&id));
+        sweeper.abort();
     }
 }

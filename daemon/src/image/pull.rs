@@ -30,8 +30,12 @@ use crate::snapshot::{ChainId, Stage};
 
 /// Chunks of a layer between the connection and the decompressor.
 const CHUNKS: usize = 32;
-/// How often in a row a blob may break off without a byte having come.
+/// How often in a row a blob may break off without progress worth the name.
 const RESUMES_MAX: u32 = 4;
+/// What must have come since the last break for it to count as progress, in bytes.
+const PROGRESS_BYTES: u64 = 64 << 10;
+/// How long to wait before resuming for the first time in a row; then twice as long, and so on.
+const RESUME_PAUSE: Duration = Duration::from_millis(100);
 /// How soon a layer that waits for those below notices that it is cancelled.
 const CANCEL_CHECK: Duration = Duration::from_millis(50);
 /// Enough of a layer to tell how it is packed.
@@ -60,7 +64,7 @@ impl Images {
     ///
     /// # Errors
     /// `InvalidArgument` for what is no reference; see [`super::registry`] and [`super::unpack`] for the rest.
-    pub async fn pull(&self, text: &str, credentials: Option<Credentials>) -> Result<Digest> {
+    pub async fn pull(self: &Arc<Images>, text: &str, credentials: Option<Credentials>) -> Result<Digest> {
         let reference = Reference::parse(text)?;
         let credentials = credentials.as_ref();
         // Identical pulls queue: each asks the registry with its own credentials what the name means, and all but the
@@ -90,17 +94,21 @@ impl Images {
     }
 
     /// Unpacks what is missing of an image and puts it in the index.
-    pub(super) async fn install(&self, found: Found, source: Source<'_>) -> Result<Digest> {
+    pub(super) async fn install(self: &Arc<Images>, found: Found, source: Source<'_>) -> Result<Digest> {
         let config = ImageConfig::parse(&found.config)?;
         config.check_layers(&found.manifest)?;
         config.check_platform(&Platform::host())?;
         let diff_ids: Vec<&str> = config.diff_ids.iter().map(Digest::as_str).collect();
         let chain_ids = ChainId::chain(&diff_ids)?;
-        let id = found.manifest.config.digest.clone();
+        let id = &found.manifest.config.digest;
         let names = chain_ids.iter().map(|chain_id| chain_id.hex().to_owned());
         let documents =
-            found.documents.iter().map(|(digest, _)| digest).chain([&id]).map(|d| d.hex().to_owned());
-        let _lease = Lease::new(&self.holds, names.chain(documents));
+            found.documents.iter().map(|(digest, _)| digest).chain([id]).map(|d| d.hex().to_owned());
+        let lease = {
+            // No sweep is between looking at what is live and deleting the rest.
+            let _index = self.index();
+            Lease::new(&self.holds, names.chain(documents), false)
+        };
         let done = Arc::new(Done::new(chain_ids.len()));
         let layers = (0..chain_ids.len()).map(|at| {
             let done = Arc::clone(&done);
@@ -112,6 +120,15 @@ impl Images {
             }
         });
         try_join_all(layers).await?;
+        let images = Arc::clone(self);
+        // The lease goes along: a caller that goes away now does not stop it.
+        let finish = move || images.finish(found, config.user, chain_ids, &lease);
+        tokio::task::spawn_blocking(finish).await.context(Kind::Internal, || "finish the image".into())?
+    }
+
+    /// Puts all of an image on stable storage and then in the index. Waits for the disk.
+    fn finish(&self, found: Found, user: String, chain_ids: Vec<ChainId>, _held: &Lease) -> Result<Digest> {
+        let id = found.manifest.config.digest.clone();
         for (digest, bytes) in &found.documents {
             self.content.put(digest, bytes)?;
         }
@@ -123,7 +140,7 @@ impl Images {
         }
         let image = Image {
             id: id.clone(),
-            user: config.user,
+            user,
             repo_tags: found.repo_tags,
             repo_digests: found.repo_digests,
             manifests: found.documents.into_iter().map(|(digest, _)| digest).collect(),
@@ -168,26 +185,26 @@ impl Images {
         let _cancel_on_drop = CancelOnDrop(Arc::clone(&cancel));
         // The stage goes along, so that it is removed by who fills it, also when this future is dropped.
         let done = Arc::clone(done);
+        let wanted = (blob.digest.clone(), config.diff_ids[at].clone(), chain_id.clone());
         let work = tokio::task::spawn_blocking(move || {
+            let (wanted, diff_id, chain_id) = wanted;
             let below = || {
                 done.wait_below(at, &cancel)?;
                 Ok(lower.clone())
             };
-            verified(reader, stage, &below, &cancel)
+            let (stage, unpacked, digest) = verified(reader, stage, &below, &cancel)?;
+            if digest != wanted {
+                return Err(mismatch("digest", &wanted, &digest));
+            }
+            if unpacked.diff_id != diff_id.as_str() {
+                return Err(mismatch("diff id", &diff_id, &unpacked.diff_id));
+            }
+            stage.commit(&chain_id, unpacked.usage)
         });
-        let (pumped, unpacked) = tokio::join!(pump, work);
-        let unpacked = unpacked.context(Kind::Internal, || "unpack".into())?;
-        // What went wrong first is why the other failed too.
-        pumped.map_err(|e| e.during(what()))?;
-        let (stage, unpacked, digest) = unpacked.map_err(|e| e.during(what()))?;
-        if digest != blob.digest {
-            return Err(mismatch("digest", &blob.digest, &digest).during(what()));
-        }
-        let diff_id = &config.diff_ids[at];
-        if unpacked.diff_id != diff_id.as_str() {
-            return Err(mismatch("diff id", diff_id, &unpacked.diff_id).during(what()));
-        }
-        stage.commit(chain_id, unpacked.usage)
+        let (pumped, committed) = tokio::join!(pump, work);
+        let committed = committed.context(Kind::Internal, || "unpack".into())?;
+        // If fetching went wrong too, that is why.
+        committed.map_err(|e| pumped.err().unwrap_or(e).during(what()))
     }
 }
 
@@ -251,6 +268,7 @@ async fn fetch(
     sender: mpsc::Sender<Bytes>,
 ) -> Result<()> {
     let mut sent = 0_u64;
+    let mut sent_before = 0_u64;
     let mut failures = 0;
     loop {
         let mut blob = client.blob(reference, digest, size, sent, credentials).await?;
@@ -267,7 +285,6 @@ async fn fetch(
                         continue;
                     }
                     sent += chunk.len() as u64;
-                    failures = 0;
                     if sender.send(chunk).await.is_err() {
                         return Ok(());
                     }
@@ -275,11 +292,13 @@ async fn fetch(
                 Err(error) => break error,
             }
         };
-        failures += 1;
+        failures = if sent - sent_before >= PROGRESS_BYTES { 1 } else { failures + 1 };
+        sent_before = sent;
         if failures > RESUMES_MAX {
             return Err(broke);
         }
         tracing::warn!(%digest, sent, error = %broke, "resuming a blob that broke off");
+        tokio::time::sleep(RESUME_PAUSE * 2_u32.pow(failures - 1)).await;
     }
 }
 

@@ -28,7 +28,7 @@ use sha2::{Digest, Sha256};
 
 use crate::error::Error;
 
-pub use overlay::{LAYERS_MAX, Overlay, Stage};
+pub use overlay::{Condemned, LAYERS_MAX, Overlay, Stage};
 pub(crate) use tree::remove_entry;
 pub use tree::{remove_tree, tree_usage};
 
@@ -120,7 +120,7 @@ impl fmt::Debug for ChainId {
 /// What the shim mounts: the arguments of an overlay mount.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rootfs {
-    /// Read-only directories, uppermost first. The first is the init layer.
+    /// Read-only directories, uppermost first. The first is the init layer, where there is room for it.
     pub lower: Vec<PathBuf>,
     /// Receives what the container writes.
     pub upper: PathBuf,

@@ -34,8 +34,9 @@ use super::{ChainId, Rootfs, Usage, init_layer};
 use crate::error::{Context, Error, Kind, Result};
 use crate::rooted::Rooted;
 
-/// How many layers an image may have: overlayfs takes 500 lower directories, and one is the init layer.
-pub const LAYERS_MAX: usize = 499;
+/// How many layers an image may have: overlayfs takes 500 lower directories. An image that needs them all leaves none
+/// for the init layer, whose entries go into the container's upper directory then.
+pub const LAYERS_MAX: usize = 500;
 
 /// Marks a layer that a power cut would damage.
 const UNSYNCED: &str = "unsynced";
@@ -128,7 +129,16 @@ impl Overlay {
     /// # Errors
     /// If it cannot be removed; whatever is left of it is then no layer any more.
     pub fn remove_layer(&self, chain_id: &ChainId) -> Result<()> {
-        self.discard(&self.layers_dir().join(chain_id.hex()))
+        self.condemn_layer(chain_id)?.map_or(Ok(()), Condemned::remove)
+    }
+
+    /// Takes a layer's name away, which is quick; deleting its files is left to the caller, who may let go of its
+    /// locks first. `None` if there is no such layer.
+    ///
+    /// # Errors
+    /// If it cannot be renamed.
+    pub fn condemn_layer(&self, chain_id: &ChainId) -> Result<Option<Condemned>> {
+        self.condemn(&self.layers_dir().join(chain_id.hex()))
     }
 
     /// Puts all that was committed on stable storage. Once per image, before its name is recorded.
@@ -179,11 +189,16 @@ impl Overlay {
         if !home.exists() {
             let scratch = Scratch(self.scratch()?);
             // The upper directory becomes the root directory, so it looks like the image's.
-            let image_root = lower.get(1).unwrap_or(&lower[0]);
+            let image_root = chain_ids.last().map_or_else(|| self.init_dir(), |top| self.layer_dir(top));
             let image_root =
                 image_root.metadata().context(Kind::Internal, || format!("stat {}", image_root.display()))?;
             let upper = scratch.0.join("upper");
-            make_dir(&upper, image_root.mode() & 0o7777)?;
+            make_dir(&upper, 0o700)?;
+            if !fits_init(chain_ids) {
+                init_layer::write(&upper)?;
+            }
+            stdfs::set_permissions(&upper, Permissions::from_mode(image_root.mode() & 0o7777))
+                .context(Kind::Internal, || format!("set the mode of {}", upper.display()))?;
             std::os::unix::fs::chown(&upper, Some(image_root.uid()), Some(image_root.gid()))
                 .context(Kind::Internal, || format!("set the owner of {}", upper.display()))?;
             make_dir(&scratch.0.join("work"), 0o700)?;
@@ -201,7 +216,7 @@ impl Overlay {
     /// If it cannot be removed, which includes that something is still mounted in it.
     pub fn remove(&self, container: &ContainerId) -> Result<()> {
         self.measured().remove(container);
-        self.discard(&self.containers_dir().join(container.as_str()))
+        self.condemn(&self.containers_dir().join(container.as_str()))?.map_or(Ok(()), Condemned::remove)
     }
 
     /// All containers that something was prepared for, in no order.
@@ -241,7 +256,8 @@ impl Overlay {
     /// As `prepare`.
     pub fn view(&self, chain_ids: &[ChainId]) -> Result<Rooted> {
         let lower = self.lower(chain_ids)?;
-        // The init layer takes part, or a container would be created after another /etc than it then sees.
+        // The init layer takes part, or a container would be created after another /etc than it then sees. What it hides
+        // in an image that leaves no room for it are three files that nobody looks at before the container runs.
         let [init] = lower.as_slice() else {
             return mount_detached(&lower, &self.tmp_dir()).map(Rooted::from_fd);
         };
@@ -254,7 +270,10 @@ impl Overlay {
                 format!("an image of {} layers cannot be mounted, only of {LAYERS_MAX}", chain_ids.len());
             return Err(Error::invalid(what));
         }
-        let mut lower = vec![self.init_dir()];
+        let mut lower = Vec::with_capacity(chain_ids.len() + 1);
+        if fits_init(chain_ids) {
+            lower.push(self.init_dir());
+        }
         for chain_id in chain_ids.iter().rev() {
             if !self.has(chain_id) {
                 return Err(Error::not_found(format!("there is no layer {chain_id}")));
@@ -271,14 +290,16 @@ impl Overlay {
         Ok(path)
     }
 
-    /// Takes the name away first, so that nothing half removed is ever found under it.
-    fn discard(&self, path: &Path) -> Result<()> {
-        let scratch = self.scratch()?;
-        let moved = match stdfs::rename(path, scratch.join("discarded")) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
-            moved => moved.context(Kind::Internal, || format!("remove {}", path.display())),
-        };
-        remove_tree(&scratch).and(moved)
+    /// Takes the name away first, so that nothing half removed is ever found under it. Makes nothing: on a full disk
+    /// this is how room is made.
+    fn condemn(&self, path: &Path) -> Result<Option<Condemned>> {
+        let condemned = self.tmp_dir().join(ContainerId::generate().as_str()); // any unique name does
+        match stdfs::rename(path, &condemned) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+            moved => moved
+                .context(Kind::Internal, || format!("remove {}", path.display()))
+                .map(|()| Some(Condemned(condemned))),
+        }
     }
 
     fn measured(&self) -> std::sync::MutexGuard<'_, HashMap<ContainerId, (SystemTime, Usage)>> {
@@ -301,6 +322,26 @@ impl Overlay {
     fn tmp_dir(&self) -> PathBuf {
         self.dir.join("tmp")
     }
+}
+
+/// What has lost its name and is to be deleted; by the next `open`, if nobody does.
+#[derive(Debug)]
+#[must_use]
+pub struct Condemned(PathBuf);
+
+impl Condemned {
+    /// Deletes it. This walks a tree.
+    ///
+    /// # Errors
+    /// If it cannot be deleted.
+    pub fn remove(self) -> Result<()> {
+        remove_tree(&self.0)
+    }
+}
+
+/// Whether the init layer can be one of the lower directories.
+fn fits_init(chain_ids: &[ChainId]) -> bool {
+    chain_ids.len() < LAYERS_MAX
 }
 
 /// A layer that is being made. Dropped without `commit`, it is removed.
@@ -556,6 +597,19 @@ mod tests {
     }
 
     #[test]
+    fn what_is_condemned_has_no_name_and_makes_nothing() {
+        let (_dir, overlay) = store();
+        let ids = chain(1);
+        commit(&overlay, &ids[0], "f", "x");
+        let condemned = overlay.condemn_layer(&ids[0]).unwrap().unwrap();
+        assert!(!overlay.has(&ids[0]));
+        assert_eq!(names(&overlay.tmp_dir()).unwrap().len(), 1, "the layer itself and nothing beside it");
+        condemned.remove().unwrap();
+        assert!(names(&overlay.tmp_dir()).unwrap().is_empty());
+        assert!(overlay.condemn_layer(&ids[0]).unwrap().is_none());
+    }
+
+    #[test]
     fn as_many_layers_as_the_kernel_takes_can_be_viewed_and_mounted() {
         if !privileged() {
             return;
@@ -566,7 +620,7 @@ mod tests {
             commit(&overlay, id, &format!("f{number}"), "x");
         }
         let view = overlay.view(&ids).unwrap();
-        assert!(view.exists("f0").unwrap() && view.exists("f498").unwrap());
+        assert!(view.exists("f0").unwrap() && view.exists(format!("f{}", LAYERS_MAX - 1)).unwrap());
         // And with an upper directory, as a shim would mount it.
         let rootfs = overlay.prepare(&ContainerId::generate(), &ids).unwrap();
         let context = mount::fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC).unwrap();
@@ -584,7 +638,11 @@ mod tests {
         let flags = OFlags::CREATE | OFlags::WRONLY;
         drop(fs::openat(&mounted, "written", flags, Mode::RUSR).unwrap());
         assert!(rootfs.upper.join("written").exists());
-        drop((mounted, context, view));
+        // The places where the runtime mounts are real all the same.
+        let rooted = Rooted::from_fd(mounted);
+        assert!(rooted.exists("etc/resolv.conf").unwrap() && rooted.exists("dev").unwrap());
+        assert_eq!(rootfs.upper.metadata().unwrap().mode() & 0o7777, 0o755);
+        drop((rooted, context, view));
         drop(dir);
     }
 
