@@ -8,8 +8,10 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
+use std::fs::{self, File};
+use std::io::{self, Read as _};
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
-use std::{fs, io};
 
 use serde::{Deserialize, Serialize};
 
@@ -20,6 +22,11 @@ pub const PATH: &str = "/etc/ocid/config.toml";
 
 /// Longest configuration file that is read.
 const FILE_BYTES_MAX: u64 = 1 << 20;
+
+/// Longest time-out that can be set, in seconds: a day.
+const TIMEOUT_S_MAX: u64 = 86_400;
+/// Twice this and what holds it together are kubelet's 16 MiB.
+const EXEC_OUTPUT_BYTES_MAX: usize = (8 << 20) - 1024;
 
 /// A section that can be written with a comment on each field.
 pub trait Section: Serialize {
@@ -188,11 +195,8 @@ impl Config {
     }
 
     fn check(&self) -> Result<()> {
-        for (name, dir) in [("node.root", &self.node.root), ("node.state", &self.node.state)] {
-            if !dir.is_absolute() {
-                return Err(Error::invalid(format!("{name}: {} is not an absolute path", dir.display())));
-            }
-        }
+        self.check_paths()?;
+        self.check_numbers()?;
         if !self.handlers.contains_key(&self.runtime.default_handler) {
             let known: Vec<_> = self.handlers.keys().map(String::as_str).collect();
             return Err(Error::invalid(format!(
@@ -207,8 +211,66 @@ impl Config {
                 self.runtime.cgroup_driver
             )));
         }
-        if !self.runtime.cgroup_parent.starts_with('/') || self.runtime.cgroup_parent.contains("..") {
+        let downwards = |cgroup: &str| cgroup.starts_with('/') && !cgroup.contains("..");
+        if !downwards(&self.runtime.cgroup_parent) {
             return Err(Error::invalid("runtime.cgroup_parent: must begin with a slash and go downwards"));
+        }
+        if !self.shim.cgroup.is_empty() && !downwards(&self.shim.cgroup) {
+            return Err(Error::invalid("shim.cgroup: must begin with a slash and go downwards"));
+        }
+        Ok(())
+    }
+
+    /// What a relative path means depends on where somebody started us.
+    fn check_paths(&self) -> Result<()> {
+        let mut dirs = vec![
+            ("node.root", &self.node.root),
+            ("node.state", &self.node.state),
+            ("node.listen", &self.node.listen),
+            ("network.conf_dir", &self.network.conf_dir),
+            ("image.certs_dir", &self.image.certs_dir),
+        ];
+        dirs.extend(self.network.plugin_dirs.iter().map(|dir| ("network.plugin_dirs", dir)));
+        dirs.extend(
+            Some(("image.preload_dir", &self.image.preload_dir))
+                .filter(|(_, dir)| !dir.as_os_str().is_empty()),
+        );
+        if let Some((name, path)) = dirs.into_iter().find(|(_, path)| !path.is_absolute()) {
+            return Err(Error::invalid(format!("{name}: {:?} is not an absolute path", path.display())));
+        }
+        let handlers =
+            self.handlers.iter().map(|(name, handler)| (format!("handlers.{name}.path"), &handler.path));
+        for (name, path) in handlers.chain([("shim.path".to_owned(), &self.shim.path)]) {
+            if !path.is_absolute() && path.components().count() > 1 {
+                let text =
+                    format!("{name}: {:?} is neither an absolute path nor a bare name", path.display());
+                return Err(Error::invalid(text));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_numbers(&self) -> Result<()> {
+        let deadlines = [
+            ("runtime.timeout_s", self.runtime.timeout_s),
+            ("shim.start_timeout_s", self.shim.start_timeout_s),
+            ("shim.call_timeout_s", self.shim.call_timeout_s),
+            ("shim.cleanup_timeout_s", self.shim.cleanup_timeout_s),
+            ("network.add_timeout_s", self.network.add_timeout_s),
+            ("network.del_timeout_s", self.network.del_timeout_s),
+            ("network.check_timeout_s", self.network.check_timeout_s),
+            ("network.gc_timeout_s", self.network.gc_timeout_s),
+            ("network.status_timeout_s", self.network.status_timeout_s),
+            ("image.connect_timeout_s", self.image.connect_timeout_s),
+            ("image.stall_timeout_s", self.image.stall_timeout_s),
+        ];
+        if let Some((name, seconds)) = deadlines.into_iter().find(|(_, s)| !(1..=TIMEOUT_S_MAX).contains(s)) {
+            return Err(Error::invalid(format!("{name}: {seconds} is not between 1 and {TIMEOUT_S_MAX}")));
+        }
+        if self.runtime.exec_output_bytes_max > EXEC_OUTPUT_BYTES_MAX {
+            return Err(Error::invalid(format!(
+                "runtime.exec_output_bytes_max: more than {EXEC_OUTPUT_BYTES_MAX} for each of two streams do not fit kubelet's message"
+            )));
         }
         Ok(())
     }
@@ -270,16 +332,39 @@ fn drop_ins(main: &Path) -> Result<Vec<PathBuf>> {
 }
 
 fn read(path: &Path) -> Result<Option<String>> {
-    match fs::metadata(path) {
-        Ok(metadata) if metadata.len() > FILE_BYTES_MAX => {
-            Err(Error::invalid(format!("{} is larger than {FILE_BYTES_MAX} bytes", path.display())))
-        }
-        Ok(_) => {
-            fs::read_to_string(path).map(Some).context(Kind::Internal, || format!("read {}", path.display()))
-        }
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(e) => Err(Error::with_source(Kind::Internal, format!("read {}", path.display()), e)),
+    let what = || format!("read {}", path.display());
+    // Without waiting: it may be a pipe.
+    let file =
+        File::options().read(true).custom_flags(rustix::fs::OFlags::NONBLOCK.bits().cast_signed()).open(path);
+    let file = match file {
+        Ok(file) => file,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(e) => return Err(Error::with_source(Kind::Internal, what(), e)),
+    };
+    let metadata = file.metadata().context(Kind::Internal, what)?;
+    if !metadata.is_file() {
+        return Err(Error::invalid(format!("{} is not a file", path.display())));
     }
+    // Who can write it decides what runs as root.
+    let owner = metadata.uid();
+    if owner != 0 && owner != rustix::process::geteuid().as_raw() {
+        let text = format!("{} belongs to user {owner}: it must be root's (chown root)", path.display());
+        return Err(Error::new(Kind::PermissionDenied, text));
+    }
+    if metadata.mode() & 0o022 != 0 {
+        let text = format!(
+            "{} can be written by others than its owner: its mode is {:03o} (chmod go-w)",
+            path.display(),
+            metadata.mode() & 0o777
+        );
+        return Err(Error::new(Kind::PermissionDenied, text));
+    }
+    let mut text = String::new();
+    file.take(FILE_BYTES_MAX + 1).read_to_string(&mut text).context(Kind::Internal, what)?;
+    if text.len() as u64 > FILE_BYTES_MAX {
+        return Err(Error::invalid(format!("{} is larger than {FILE_BYTES_MAX} bytes", path.display())));
+    }
+    Ok(Some(text))
 }
 
 /// Parses one file and checks it on its own, so that an unknown key is reported with its file and line.
@@ -302,13 +387,21 @@ fn merge(into: &mut toml::Table, from: toml::Table) {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
     use super::*;
 
     fn load(files: &[(&str, &str)]) -> Result<Config> {
+        load_with_mode(files, 0o644)
+    }
+
+    fn load_with_mode(files: &[(&str, &str)], mode: u32) -> Result<Config> {
         let dir = tempfile::tempdir().unwrap();
         fs::create_dir(dir.path().join("config.d")).unwrap();
         for (name, text) in files {
-            fs::write(dir.path().join(name), text).unwrap();
+            let path = dir.path().join(name);
+            fs::write(&path, text).unwrap();
+            fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
         }
         Config::load(Some(&dir.path().join("config.toml")), Overrides::default())
     }
@@ -340,6 +433,41 @@ mod tests {
         let error =
             load(&[("config.toml", ""), ("config.d/x.toml", "[node]\nrooot = 1")]).unwrap_err().to_string();
         assert!(error.contains("config.d/x.toml") && error.contains("rooot"), "{error}");
+    }
+
+    #[test]
+    fn a_file_that_others_may_write_is_refused() {
+        for mode in [0o664, 0o646] {
+            let error = load_with_mode(&[("config.toml", "")], mode).unwrap_err();
+            assert_eq!(error.kind(), Kind::PermissionDenied);
+            assert!(
+                error.to_string().contains("config.toml") && error.to_string().contains("chmod"),
+                "{error}"
+            );
+        }
+        assert!(load_with_mode(&[("config.toml", "")], 0o640).is_ok());
+    }
+
+    #[test]
+    fn what_cannot_work_is_refused_by_name() {
+        let table = [
+            ("[node]\nlisten = \"a/b\"", "node.listen"),
+            ("[network]\nconf_dir = \"net.d\"", "network.conf_dir"),
+            ("[network]\nplugin_dirs = [\"/a\", \"b\"]", "network.plugin_dirs"),
+            ("[image]\ncerts_dir = \"\"", "image.certs_dir"),
+            ("[image]\npreload_dir = \"p\"", "image.preload_dir"),
+            ("[handlers.runc]\npath = \"bin/runc\"", "handlers.runc.path"),
+            ("[shim]\npath = \"./shim\"", "shim.path"),
+            ("[shim]\ncgroup = \"/../x\"", "shim.cgroup"),
+            ("[shim]\ncall_timeout_s = 0", "shim.call_timeout_s"),
+            ("[runtime]\ntimeout_s = 18446744073709551", "runtime.timeout_s"),
+            ("[runtime]\nexec_output_bytes_max = 9000000", "runtime.exec_output_bytes_max"),
+        ];
+        for (text, name) in table {
+            let error = load(&[("config.toml", text)]).unwrap_err();
+            assert_eq!(error.kind(), Kind::InvalidArgument, "{text}");
+            assert!(error.to_string().starts_with(name), "{text}: {error}");
+        }
     }
 
     #[test]

@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, File, Permissions};
 use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileTypeExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::net::{UnixListener as Listener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -15,6 +16,7 @@ use rustix::io::Errno;
 use tokio::net::UnixListener;
 use tokio::process::Command;
 use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::config::{self, Config};
 use crate::cri::{self, ImageApi, RuntimeApi};
@@ -44,6 +46,7 @@ pub struct Daemon {
     images: Arc<Images>,
     runtime_api: RuntimeApi,
     listener: UnixListener,
+    _sweeper: AbortOnDropHandle<()>,
     /// Held as long as we live: one daemon per state directory.
     _lock: File,
 }
@@ -60,6 +63,9 @@ impl Daemon {
         private_dir(&dirs.state, 0o711)?;
         private_dir(&dirs.root, 0o700)?;
         let lock = lock(&dirs.state).await?;
+        // First of all, so that nothing we run inherits it.
+        let passed =
+            os::passed_listener().context(Kind::Internal, || "take the listener from systemd".into())?;
         let host = Host::probe()?;
         let cgroup_driver = match config.runtime.cgroup_driver.as_str() {
             "systemd" => CgroupDriver::Systemd,
@@ -90,6 +96,8 @@ impl Daemon {
             handlers,
         }));
         pods.recover()?;
+        // task: deletes the layers of containers that have gone; ends with the daemon.
+        let sweeper = AbortOnDropHandle::new(tokio::spawn(Arc::clone(&images).sweep_released()));
         // Before anybody can ask for an image: a node that reaches no registry has these and no others.
         images.preload().await;
         tracing::info!(pods = pods.pods().len(), took = ?begun.elapsed(), "recovered");
@@ -102,8 +110,8 @@ impl Daemon {
                 .context(Kind::Internal, || "encode the configuration".into())?,
             snapshots_dir: dirs.root.join("snapshots").to_string_lossy().into_owned(),
         };
-        let listener = listener(&config.node.listen)?;
-        Ok(Daemon { config, pods, images, runtime_api, listener, _lock: lock })
+        let listener = listener(&config.node.listen, passed)?;
+        Ok(Daemon { config, pods, images, runtime_api, listener, _sweeper: sweeper, _lock: lock })
     }
 
     /// Serves until SIGTERM or SIGINT; then finishes the calls under way. Pods run on.
@@ -156,8 +164,10 @@ fn private_dir(dir: &Path, mode: u32) -> Result<()> {
 async fn lock(state: &Path) -> Result<File> {
     let path = state.join("daemon.lock");
     let what = || format!("lock {}", path.display());
-    let file =
-        File::options().create(true).truncate(false).write(true).open(&path).context(Kind::Internal, what)?;
+    // Nobody else may open it: who can read a file can lock it, and keep us from starting.
+    let file = File::options().create(true).truncate(false).write(true).mode(0o600).open(&path);
+    let file = file.context(Kind::Internal, what)?;
+    file.set_permissions(Permissions::from_mode(0o600)).context(Kind::Internal, what)?;
     let begun = Instant::now();
     loop {
         match rustix::fs::flock(file.as_fd(), FlockOperation::NonBlockingLockExclusive) {
@@ -176,28 +186,34 @@ async fn lock(state: &Path) -> Result<File> {
 }
 
 /// The socket that systemd passed, or a new one.
-fn listener(path: &Path) -> Result<UnixListener> {
+fn listener(path: &Path, passed: Option<Listener>) -> Result<UnixListener> {
     let what = || format!("listen on {}", path.display());
-    if let Some(listener) =
-        os::passed_listener().context(Kind::Internal, || "take the listener from systemd".into())?
-    {
+    if let Some(listener) = passed {
         listener.set_nonblocking(true).context(Kind::Internal, what)?;
         return UnixListener::from_std(listener).context(Kind::Internal, what);
     }
-    // We hold the lock, so a socket that is there is a dead daemon's.
-    match fs::remove_file(path) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => {
-            return Err(Error::with_source(Kind::Internal, what(), e));
-        }
-        _ => {}
-    }
-    // Made without permissions for others: there is no moment at which they could connect.
-    let old = rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o177));
-    let bound = UnixListener::bind(path);
-    rustix::process::umask(old);
-    let listener = bound.context(Kind::Internal, what)?;
+    remove_dead_socket(path).map_err(|e| e.during(what()))?;
+    // To connect is to write, and the umask that we began with gives that to the owner alone: there is no moment at
+    // which others could connect.
+    let listener = UnixListener::bind(path).context(Kind::Internal, what)?;
     fs::set_permissions(path, Permissions::from_mode(SOCKET_MODE)).context(Kind::Internal, what)?;
     Ok(listener)
+}
+
+/// Makes room for a socket. Takes nothing away that is somebody's: not a file, and not a socket that is served.
+fn remove_dead_socket(path: &Path) -> Result<()> {
+    match fs::symlink_metadata(path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(Error::with_source(Kind::Internal, "look at what is there", e)),
+        Ok(there) if !there.file_type().is_socket() => {
+            return Err(Error::precondition("something that is no socket is there"));
+        }
+        Ok(_) => {}
+    }
+    match UnixStream::connect(path) {
+        Ok(_) => Err(Error::precondition("another process listens there")),
+        Err(_) => fs::remove_file(path).context(Kind::Internal, || "remove a dead socket".into()),
+    }
 }
 
 fn shim_binary(config: &Config) -> Result<PathBuf> {
@@ -265,5 +281,35 @@ async fn output(binary: &Path, argument: &str) -> Result<Vec<u8>> {
 fn notify(state: &[sd_notify::NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(state) {
         tracing::debug!(%error, "systemd was not told");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_socket_that_nobody_serves_is_taken_away() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        remove_dead_socket(&path).unwrap();
+        fs::write(&path, "precious").unwrap();
+        assert_eq!(remove_dead_socket(&path).unwrap_err().kind(), Kind::FailedPrecondition);
+        assert_eq!(fs::read(&path).unwrap(), b"precious");
+        fs::remove_file(&path).unwrap();
+        let served = Listener::bind(&path).unwrap();
+        assert_eq!(remove_dead_socket(&path).unwrap_err().kind(), Kind::FailedPrecondition);
+        drop(served);
+        remove_dead_socket(&path).unwrap();
+        assert!(!path.exists());
+    }
+
+    #[tokio::test]
+    async fn the_lock_is_exclusive_and_nobody_else_can_open_it() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("daemon.lock"), "").unwrap();
+        let held = lock(dir.path()).await.unwrap();
+        assert_eq!(held.metadata().unwrap().permissions().mode() & 0o777, 0o600);
+        assert_eq!(lock(dir.path()).await.unwrap_err().kind(), Kind::FailedPrecondition);
     }
 }

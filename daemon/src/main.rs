@@ -70,6 +70,7 @@ fn run(arguments: Arguments) -> Result<()> {
                 .with_ansi(std::io::stderr().is_terminal())
                 .with_target(false)
                 .init();
+            begin_clean();
             let runtime = tokio::runtime::Builder::new_multi_thread()
                 .worker_threads(WORKERS)
                 .enable_all()
@@ -80,5 +81,16 @@ fn run(arguments: Arguments) -> Result<()> {
             runtime.shutdown_background();
             served
         }
+    }
+}
+
+/// Sheds what a careless parent may have left us with: what we make must not be everybody's to write, nor closed to
+/// those it is for; and each pod takes a descriptor.
+fn begin_clean() {
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
+    let mut files = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    files.current = files.maximum;
+    if let Err(error) = rustix::process::setrlimit(rustix::process::Resource::Nofile, files) {
+        tracing::warn!(%error, "the limit of open files stays low");
     }
 }

@@ -68,7 +68,7 @@ fn a_service_manager_passes_the_socket_and_is_told_when_it_is_served() {
         command.env("NOTIFY_SOCKET", &told).stdin(std::os::fd::OwnedFd::from(listener));
         command.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null());
         let mut child = command.spawn().unwrap();
-        let mut hear = || {
+        let hear = || {
             let mut said = [0; 256];
             let length = notified.recv(&mut said).unwrap();
             String::from_utf8_lossy(&said[..length]).into_owned()

@@ -289,3 +289,27 @@ fn a_damaged_record_hides_one_pod_and_no_other() {
         assert!(!runs(pid));
     });
 }
+
+#[test]
+fn a_pod_whose_containers_cannot_be_listed_does_not_keep_the_daemon_from_starting() {
+    test(Setup::default(), async |node| {
+        let (bad, _) = node.run("bad", &["sleep", "1000"]).await;
+        let (good, id) = node.run("good", &["sleep", "1000"]).await;
+        node.kill();
+        let (containers, aside) = (node.pod_paths(&bad).containers(), node.path().join("aside"));
+        fs::rename(&containers, &aside).unwrap();
+        fs::write(&containers, "no directory").unwrap();
+        node.start().await;
+        assert_eq!(node.client().shell(&id, "echo alive").await, "alive");
+        assert_eq!(node.client().pod_status(&good).await.unwrap().id, good);
+        // It can be ended and removed, once its record is whole again.
+        fs::remove_file(&containers).unwrap();
+        fs::rename(&aside, &containers).unwrap();
+        harness::eventually(Duration::from_secs(30), "only the good pod is left", async || {
+            node.client().remove_pod(&bad).await.map_err(|e| e.to_string())?;
+            let pods = node.client().pods().await.map_err(|e| e.to_string())?;
+            if pods.len() == 1 { Ok(()) } else { Err(format!("{pods:?}")) }
+        })
+        .await;
+    });
+}

@@ -119,3 +119,29 @@ fn a_shim_killed_while_its_pod_is_stopping_stops_it_all_the_same() {
         node.client().stop(&id, 0).await.unwrap();
     });
 }
+
+#[test]
+fn stopping_a_pod_whose_shim_is_frozen_fails_in_time_and_says_why() {
+    test(Setup::default(), async |node| {
+        std::fs::write(node.path().join("config.d/quick.toml"), "[shim]\ncall_timeout_s = 2\n").unwrap();
+        node.restart().await;
+        let (pod, id) = node.run("frozen", &["sleep", "1000"]).await;
+        let shim = node.shim_pid(&pod);
+        signal(shim, Signal::SIGSTOP);
+        let begun = std::time::Instant::now();
+        let (stopped, ran, stopped_pod) = tokio::join!(
+            node.client().stop(&id, 0),
+            node.client().exec_for(&id, &["true"], 1),
+            node.client().stop_pod(&pod)
+        );
+        let took = begun.elapsed();
+        for status in [stopped.unwrap_err(), ran.unwrap_err(), stopped_pod.unwrap_err()] {
+            assert_eq!(status.code(), tonic::Code::DeadlineExceeded, "{status:?}");
+            assert!(status.message().contains("frozen"), "{status:?}");
+        }
+        assert!(took < Duration::from_secs(15), "{took:?}");
+        signal(shim, Signal::SIGCONT);
+        node.client().stop_pod(&pod).await.unwrap();
+        node.client().remove_pod(&pod).await.unwrap();
+    });
+}

@@ -9,7 +9,7 @@
 use std::pin::Pin;
 use std::task::{Context, Poll};
 
-use tokio_util::task::TaskTracker;
+use tokio_util::task::{AbortOnDropHandle, TaskTracker};
 use tower::{Layer, Service};
 
 /// Methods that end with their caller.
@@ -59,11 +59,9 @@ where
         let tasks = self.tasks.clone();
         let cancelled = CANCELLED.contains(&request.uri().path());
         Box::pin(async move {
-            let work = inner.call(request);
-            if cancelled {
-                return tasks.track_future(work).await;
-            }
-            match tasks.spawn(work).await {
+            let task = tasks.spawn(inner.call(request));
+            let done = if cancelled { AbortOnDropHandle::new(task).await } else { task.await };
+            match done {
                 Ok(answer) => answer,
                 // A handler that panicked is our bug; the daemon and every other call live on.
                 Err(_) => {
@@ -100,6 +98,22 @@ mod tests {
         detach.tasks.close();
         detach.tasks.wait().await;
         finished.load(Ordering::SeqCst)
+    }
+
+    #[tokio::test]
+    async fn a_handler_that_panics_fails_its_own_call_only() {
+        for path in ["/runtime.v1.RuntimeService/RunPodSandbox", "/runtime.v1.RuntimeService/ExecSync"] {
+            let handler = tower::service_fn(|_: http::Request<()>| async {
+                if true {
+                    panic!("a bug");
+                }
+                Ok::<_, std::convert::Infallible>(http::Response::new(()))
+            });
+            let mut service = Detach { tasks: TaskTracker::new() }.layer(handler);
+            let answer = service.call(http::Request::builder().uri(path).body(()).unwrap()).await.unwrap();
+            let status = tonic::Status::from_header_map(answer.headers()).unwrap();
+            assert_eq!(status.code(), tonic::Code::Internal, "{path}");
+        }
     }
 
     #[tokio::test]

@@ -9,7 +9,7 @@ use serde_json::json;
 use tonic::{Request, Response, Status, async_trait};
 
 use super::stats;
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Kind, Result};
 use crate::image::auth::Credentials;
 use crate::image::{Image, Images};
 use crate::stats::{Measured, now_ns};
@@ -77,7 +77,11 @@ impl ImageService for ImageApi {
     }
 
     async fn image_fs_info(&self, _: Request<cri::ImageFsInfoRequest>) -> Answer<cri::ImageFsInfoResponse> {
-        let (usage, mountpoint) = self.images.usage();
+        let images = Arc::clone(&self.images);
+        // A small file for each layer.
+        let (usage, mountpoint) = tokio::task::spawn_blocking(move || images.usage())
+            .await
+            .context(Kind::Internal, || "measure the images".into())?;
         let measured = Measured { at_ns: now_ns(), bytes: usage.bytes, inodes: usage.inodes };
         let filesystem = stats::filesystem(&measured, &mountpoint.to_string_lossy());
         answer(cri::ImageFsInfoResponse {

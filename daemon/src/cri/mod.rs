@@ -20,6 +20,7 @@ use std::time::Duration;
 use ocid_api::cri::image_service_server::ImageServiceServer;
 use ocid_api::cri::runtime_service_server::RuntimeServiceServer;
 use tokio::net::UnixListener;
+use tokio_stream::StreamExt;
 use tokio_stream::wrappers::UnixListenerStream;
 use tokio_util::task::TaskTracker;
 
@@ -27,6 +28,17 @@ pub use image::ImageApi;
 pub use runtime::RuntimeApi;
 
 use crate::error::{Context, Kind, Result};
+
+/// How long to wait when a connection cannot be taken: without descriptors, trying again at once is a busy loop.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+async fn accepted<T>(connection: std::io::Result<T>) -> std::io::Result<T> {
+    if let Err(error) = &connection {
+        tracing::warn!(%error, "a connection cannot be taken");
+        tokio::time::sleep(ACCEPT_PAUSE).await;
+    }
+    connection
+}
 
 /// Largest request in bytes: what kubelet itself takes.
 const MESSAGE_BYTES_MAX: usize = 16 << 20;
@@ -56,7 +68,7 @@ pub async fn serve(
                 .max_decoding_message_size(MESSAGE_BYTES_MAX)
                 .max_encoding_message_size(MESSAGE_BYTES_MAX),
         )
-        .serve_with_incoming(UnixListenerStream::new(listener));
+        .serve_with_incoming(UnixListenerStream::new(listener).then(accepted));
     // kubelet holds its connections open for ever, so the server is dropped, not drained: what counts are the calls.
     tokio::select! {
         served = server => return served.context(Kind::Internal, || "serve CRI".into()),

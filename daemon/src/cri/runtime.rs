@@ -1,6 +1,6 @@
 //! RuntimeService: decode, call, encode.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -9,7 +9,7 @@ use ocid_api::cri::runtime_service_server::RuntimeService;
 use tonic::{Request, Response, Status, async_trait};
 
 use super::{container, filter, pod, stats, status};
-use crate::error::{Error, Result};
+use crate::error::{Context, Error, Kind, Result};
 use crate::pod::{CgroupDriver, Container, ContainerPhase, ContainerState, Handler, Pod, Pods};
 use crate::stats::{Stats, now_ns};
 
@@ -62,6 +62,7 @@ impl RuntimeService for RuntimeApi {
         if request.into_inner().verbose {
             info.insert("config".into(), self.config.to_string());
             info.insert("version".into(), env!("CARGO_PKG_VERSION").into());
+            info.insert("cniconfig".into(), self.pods.network_info().to_string());
         }
         answer(cri::StatusResponse {
             status: Some(cri::RuntimeStatus {
@@ -89,11 +90,17 @@ impl RuntimeService for RuntimeApi {
         })
     }
 
-    /// Networks take their ranges from their own configuration; being told a range is never an error.
+    /// For networks that want to know the node's ranges. Being told something that is none is never an error.
     async fn update_runtime_config(
         &self,
-        _: Request<cri::UpdateRuntimeConfigRequest>,
+        request: Request<cri::UpdateRuntimeConfigRequest>,
     ) -> Answer<cri::UpdateRuntimeConfigResponse> {
+        let told = request.into_inner().runtime_config.and_then(|config| config.network_config);
+        if let Some(network) = told
+            && let Err(error) = self.pods.set_pod_cidrs(&network.pod_cidr)
+        {
+            tracing::warn!(%error, "the pod ranges that kubelet gave are not used");
+        }
         answer(cri::UpdateRuntimeConfigResponse {})
     }
 
@@ -250,6 +257,8 @@ impl RuntimeService for RuntimeApi {
         request: Request<cri::ContainerStatsRequest>,
     ) -> Answer<cri::ContainerStatsResponse> {
         let (_, container, state) = self.container(&request.into_inner().container_id)?;
+        // Who never asks for the list would otherwise make us remember every container there ever was.
+        self.stats.retain(|id| self.pods.container(id.as_str()).is_ok());
         let usage = self.stats.container(&state);
         let usage =
             usage.ok_or_else(|| Error::not_found(format!("container {} is not running", container.id())))?;
@@ -263,17 +272,26 @@ impl RuntimeService for RuntimeApi {
     ) -> Answer<cri::ListContainerStatsResponse> {
         let wanted = request.into_inner().filter.unwrap_or_default();
         let containers = self.containers();
-        self.stats.retain(|id| containers.iter().any(|(_, container, _)| container.id() == id));
-        let mut shown = Vec::new();
-        for (pod, container, state) in &containers {
-            let attributes = stats::attributes(container);
-            if state.phase == ContainerPhase::Running
-                && filter::container_stats(&wanted, pod.id().as_str(), &attributes)
-                && let Some(usage) = self.stats.container(state)
-            {
-                shown.push(stats::container(attributes, &usage, &self.snapshots_dir));
+        let (stats, snapshots_dir) = (Arc::clone(&self.stats), self.snapshots_dir.clone());
+        // Several files for each container, some of which the kernel computes while they are read.
+        let collect = move || {
+            let known: HashSet<_> = containers.iter().map(|(_, container, _)| container.id()).collect();
+            stats.retain(|id| known.contains(id));
+            let mut shown = Vec::new();
+            for (pod, container, state) in &containers {
+                let attributes = stats::attributes(container);
+                if state.phase == ContainerPhase::Running
+                    && filter::container_stats(&wanted, pod.id().as_str(), &attributes)
+                    && let Some(usage) = stats.container(state)
+                {
+                    shown.push(stats::container(attributes, &usage, &snapshots_dir));
+                }
             }
-        }
+            shown
+        };
+        let shown = tokio::task::spawn_blocking(collect)
+            .await
+            .context(Kind::Internal, || "collect what containers use".into())?;
         answer(cri::ListContainerStatsResponse { stats: shown })
     }
 }

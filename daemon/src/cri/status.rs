@@ -3,7 +3,7 @@
 use ocid_api::cri;
 use serde_json::json;
 
-use crate::pod::{Container, ContainerPhase, ContainerState, Pod, PodState};
+use crate::pod::{Container, ContainerPhase, ContainerState, Pod};
 use crate::spec::{self, Resources, Signal};
 
 pub(super) fn pod_state(pod: &Pod) -> cri::PodSandboxState {
@@ -21,32 +21,31 @@ fn pod_metadata(name: &spec::PodName) -> cri::PodSandboxMetadata {
 
 /// `None` for a pod whose creation has not been answered and did not fail half-way.
 pub(super) fn pod(pod: &Pod) -> Option<cri::PodSandbox> {
-    let state = listed(pod)?;
+    if !pod.visible() {
+        return None;
+    }
     let spec = pod.spec();
     Some(cri::PodSandbox {
         id: pod.id().to_string(),
         metadata: Some(pod_metadata(&spec.name)),
         state: pod_state(pod).into(),
-        created_at: state.created_at_ns,
+        created_at: pod.created_at_ns(),
         labels: spec.labels.clone(),
         annotations: spec.annotations.clone(),
         runtime_handler: spec.runtime_handler.clone(),
     })
 }
 
-/// The state of a pod that callers may see: one that was ready once, or whose removal after a failure did not succeed.
-fn listed(pod: &Pod) -> Option<std::sync::Arc<PodState>> {
-    pod.visible().then(|| pod.view()).flatten().map(|view| view.state).filter(|state| state.created_at_ns > 0)
-}
-
 pub(super) fn pod_status(pod: &Pod) -> Option<cri::PodSandboxStatus> {
-    let state = listed(pod)?;
+    if !pod.visible() {
+        return None;
+    }
     let spec = pod.spec();
     Some(cri::PodSandboxStatus {
         id: pod.id().to_string(),
         metadata: Some(pod_metadata(&spec.name)),
         state: pod_state(pod).into(),
-        created_at: state.created_at_ns,
+        created_at: pod.created_at_ns(),
         network: Some(network(pod)),
         linux: Some(cri::LinuxPodSandboxStatus {
             namespaces: Some(cri::Namespace { options: Some(namespace_options(spec)) }),

@@ -240,7 +240,7 @@ fn port(mapping: &PortMapping) -> Value {
 }
 
 /// A set of ranges to take one address from.
-fn range(cidr: &str) -> Result<Value> {
+pub(super) fn range(cidr: &str) -> Result<Value> {
     let bad = || Error::invalid(format!("{cidr:?} is not a range of addresses"));
     let (address, bits) = cidr.split_once('/').ok_or_else(bad)?;
     let (address, bits): (IpAddr, u8) =

@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use serde_json::{Map, Value, json};
+use tokio::sync::RwLock;
 use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -92,6 +93,10 @@ pub enum Gc {
 #[derive(Debug)]
 pub struct Network {
     inner: Arc<Inner>,
+    /// Shared by those who attach; a collection has it alone, for it would take apart what it was not told of.
+    gate: Arc<RwLock<()>>,
+    /// What kubelet said last about this node's ranges. Not kept across restarts: it says so again.
+    pod_cidrs: Mutex<Vec<String>>,
     /// The background check of the default network, while it runs; ends with us.
     probe: Mutex<Option<AbortOnDropHandle<()>>>,
     _watch: AbortOnDropHandle<()>,
@@ -131,7 +136,13 @@ impl Network {
             health: Mutex::default(),
         });
         let watch = AbortOnDropHandle::new(tokio::spawn(watch(inner.clone())));
-        Network { inner, probe: Mutex::default(), _watch: watch }
+        Network {
+            inner,
+            gate: Arc::default(),
+            pod_cidrs: Mutex::default(),
+            probe: Mutex::default(),
+            _watch: watch,
+        }
     }
 
     /// Whether pods can be attached. Answers from memory; may begin a check in the background, for later answers.
@@ -152,6 +163,30 @@ impl Network {
         }
     }
 
+    /// Takes the ranges of this node's pods, `address/bits` with commas between, for networks that want to be told.
+    ///
+    /// # Errors
+    /// If one is no range; the old ones stay then.
+    pub fn set_pod_cidrs(&self, text: &str) -> Result<()> {
+        let cidrs: Vec<String> =
+            text.split(',').map(str::trim).filter(|cidr| !cidr.is_empty()).map(str::to_owned).collect();
+        for cidr in &cidrs {
+            intent::range(cidr)?;
+        }
+        *lock(&self.pod_cidrs) = cidrs;
+        Ok(())
+    }
+
+    /// The ranges of this node's pods; empty as long as nobody has said.
+    pub fn pod_cidrs(&self) -> Vec<String> {
+        lock(&self.pod_cidrs).clone()
+    }
+
+    /// Where networks are configured, and where their plugins are.
+    pub fn config(&self) -> &Config {
+        &self.inner.config
+    }
+
     /// Chooses the network for a pod and freezes all that its life in it will need. Looks at the files' times, so that
     /// a network configured a moment ago is found; that costs a few system calls and no waiting for plugins.
     ///
@@ -170,6 +205,7 @@ impl Network {
     /// Those of the first plugin that fails; `Internal` if the pod got no address.
     pub async fn attach(&self, intent: &Intent) -> Result<Attachment> {
         let list = intent.list()?;
+        let _not_collecting = self.gate.read().await;
         let deadline = after(self.inner.config.add_timeout_s);
         let mut result: Option<Value> = None;
         for plugin in &list.plugins {
@@ -235,14 +271,36 @@ impl Network {
     }
 
     /// Lets the default network collect what belongs to no live attachment (container id, interface name). Only CNI
-    /// 1.1.0 and newer can. `live` must hold every recorded intent, attached or not, and no pod may be attached
-    /// meanwhile: what is missing from it is taken apart. The time for it is the start, before requests are served.
+    /// 1.1.0 and newer can. `live` must hold every recorded intent, attached or not: what is missing from it is taken
+    /// apart. From this call on until the future has ended, pods wait with their attachment. The time for it is the
+    /// start, before requests are served.
     ///
     /// # Errors
-    /// Those of all plugins that failed; the others have collected.
-    pub async fn gc(&self, live: &[(String, String)]) -> Result<Gc> {
-        let loaded = self.inner.loaded();
-        let list = match self.inner.choose(&loaded) {
+    /// `FailedPrecondition` if a pod is being attached. Those of all plugins that failed; the others have collected.
+    pub fn gc(&self, live: &[(String, String)]) -> impl Future<Output = Result<Gc>> + Send + use<> {
+        let alone = Arc::clone(&self.gate).try_write_owned();
+        let (inner, live) = (self.inner.clone(), live.to_vec());
+        async move {
+            let _alone = alone.map_err(|_| Error::precondition("a pod is being attached"))?;
+            inner.gc(&live).await
+        }
+    }
+
+    /// Begins a background check if one is due.
+    fn probe(&self, list: Option<&Arc<List>>) {
+        let mut running = lock(&self.probe);
+        if running.as_ref().is_some_and(|task| !task.is_finished()) || !self.inner.probe_is_due(list) {
+            return;
+        }
+        let inner = self.inner.clone();
+        *running = Some(AbortOnDropHandle::new(tokio::spawn(async move { inner.probe().await })));
+    }
+}
+
+impl Inner {
+    async fn gc(&self, live: &[(String, String)]) -> Result<Gc> {
+        let loaded = self.loaded();
+        let list = match self.choose(&loaded) {
             Ok(list) => list,
             Err(problem) => return Ok(Gc::Skipped(problem)),
         };
@@ -258,23 +316,11 @@ impl Network {
         let live: Vec<_> =
             live.iter().map(|(id, ifname)| json!({ "containerID": id, "ifname": ifname })).collect();
         let extra = Map::from_iter([("cni.dev/valid-attachments".to_owned(), Value::from(live))]);
-        let deadline = after(self.inner.config.gc_timeout_s);
-        let errors = self.inner.run_all(Verb::Gc, list, &extra, deadline).await;
+        let deadline = after(self.config.gc_timeout_s);
+        let errors = self.run_all(Verb::Gc, list, &extra, deadline).await;
         joined(errors).map(|()| Gc::Done(list.name.clone()))
     }
 
-    /// Begins a background check if one is due.
-    fn probe(&self, list: Option<&Arc<List>>) {
-        let mut running = lock(&self.probe);
-        if running.as_ref().is_some_and(|task| !task.is_finished()) || !self.inner.probe_is_due(list) {
-            return;
-        }
-        let inner = self.inner.clone();
-        *running = Some(AbortOnDropHandle::new(tokio::spawn(async move { inner.probe().await })));
-    }
-}
-
-impl Inner {
     fn loaded(&self) -> Arc<Loaded> {
         lock(&self.loaded).clone()
     }

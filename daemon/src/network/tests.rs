@@ -474,6 +474,31 @@ async fn collecting_tells_the_plugins_what_lives_if_they_can_collect() {
     assert_eq!(network.gc(&live).await.unwrap(), Gc::Done("net".to_owned()));
 }
 
+#[tokio::test]
+async fn nobody_is_attached_while_the_network_collects() {
+    let bench = Bench::new();
+    bench.plugin("p", ECHO);
+    bench.conf("1.1.0", &json!([{"type": "p"}]));
+    let network = Network::new(bench.config());
+    let intent = network.intent(&bench.request()).unwrap();
+    // It counts from the call on, before anybody has polled it: what it was told of is already old.
+    let collection = network.gc(&[]);
+    let attached = tokio::time::timeout(Duration::from_millis(300), network.attach(&intent)).await;
+    assert!(attached.is_err() && bench.log().is_empty(), "{:?}", bench.log());
+    assert!(matches!(network.gc(&[]).await, Err(e) if e.kind() == Kind::FailedPrecondition));
+    collection.await.unwrap();
+    network.attach(&intent).await.unwrap();
+    assert_eq!(bench.log(), ["GC p", "ADD p"]);
+}
+
+#[tokio::test]
+async fn the_ranges_of_the_node_are_taken_whole_or_not_at_all() {
+    let network = Network::new(Bench::new().config());
+    network.set_pod_cidrs("10.1.0.0/24, fd00::/64").unwrap();
+    assert!(network.set_pod_cidrs("10.2.0.0/24,nonsense").is_err());
+    assert_eq!(network.pod_cidrs(), ["10.1.0.0/24", "fd00::/64"]);
+}
+
 #[test]
 fn the_configuration_has_defaults_and_no_misspellings() {
     let config: Config = toml::from_str("add_timeout_s = 5").unwrap();

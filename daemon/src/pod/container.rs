@@ -57,6 +57,7 @@ impl Pods {
                 return Ok(container.id().clone());
             }
         };
+        let _attended = container.birth.attend();
         self.index.add_container(pod, container.id());
         let outcome = self
             .make(pod, &container, &prepared.config)
@@ -66,6 +67,7 @@ impl Pods {
             && let Err(error) = self.remove_container_locked(pod, container.id()).await
         {
             tracing::error!(container = %container.id(), %error, "what is left of the container could not be removed yet");
+            self.undo_containers_later(pod, vec![container.id().clone()]);
         }
         container.birth.is(&outcome);
         outcome?;
@@ -75,7 +77,11 @@ impl Pods {
 
     async fn make(&self, pod: &Pod, container: &Container, config: &[u8]) -> Result<()> {
         let id = container.id();
-        let rootfs = self.snapshots.prepare(id, &container.metadata().chain_ids)?;
+        let (snapshots, owner, chain_ids) =
+            (Arc::clone(&self.snapshots), id.clone(), container.metadata().chain_ids.clone());
+        let rootfs = tokio::task::spawn_blocking(move || snapshots.prepare(&owner, &chain_ids))
+            .await
+            .context(Kind::Internal, || "prepare the root filesystem".into())??;
         let spec = container.spec();
         let text = |path: &std::path::Path| path.to_string_lossy().into_owned();
         let request = wire::CreateContainerRequest {
@@ -117,9 +123,18 @@ impl Pods {
         image: &Arc<Image>,
     ) -> Result<Prepared> {
         let (pods, pod, id, image) = (Arc::clone(self), Arc::clone(pod), id.clone(), Arc::clone(image));
-        let work = tokio::task::spawn_blocking(move || pods.configure(&pod, &id, spec, &image));
+        let work = async {
+            let what = || "configure the container".to_owned();
+            let turn = Arc::clone(&self.configuring).acquire_owned().await.context(Kind::Internal, what)?;
+            let configure = move || {
+                // Held by the thread, which may hang for longer than anybody waits for it.
+                let _turn = turn;
+                pods.configure(&pod, &id, spec, &image)
+            };
+            tokio::task::spawn_blocking(configure).await.context(Kind::Internal, what)?
+        };
         match tokio::time::timeout(CONFIGURE_DEADLINE, work).await {
-            Ok(configured) => configured.context(Kind::Internal, || "configure the container".into())?,
+            Ok(configured) => configured,
             Err(_) => Err(Error::new(
                 Kind::DeadlineExceeded,
                 format!("a path of a volume or device could not be looked at within {CONFIGURE_DEADLINE:?}"),

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use oci_spec::runtime::Process;
 use ocid_api::id::{ContainerId, PodId};
@@ -34,6 +35,8 @@ pub struct Pod {
     /// Whether an earlier daemon made it, and perhaps left something running.
     recovered: bool,
     containers: Mutex<Containers>,
+    /// When this handle was made, in Unix nanoseconds.
+    known_since_ns: i64,
 }
 
 type Containers = BTreeMap<ContainerId, Arc<Container>>;
@@ -76,6 +79,9 @@ impl Pod {
             stopping: AtomicBool::new(false),
             recovered: false,
             containers: Mutex::default(),
+            known_since_ns: SystemTime::now()
+                .duration_since(UNIX_EPOCH)
+                .map_or(1, |since| i64::try_from(since.as_nanos()).unwrap_or(i64::MAX)),
         }
     }
 
@@ -127,6 +133,15 @@ impl Pod {
     pub fn ready(&self) -> bool {
         !self.stopping.load(Ordering::Acquire)
             && self.view().is_some_and(|view| view.state.phase == PodPhase::Ready && view.life != Life::Gone)
+    }
+
+    /// When it was made, in Unix nanoseconds. Never 0, which CRI's clients take for a fault, though no shim may have
+    /// come so far as to record it.
+    pub fn created_at_ns(&self) -> i64 {
+        match self.view().map(|view| view.state.created_at_ns) {
+            Some(recorded) if recorded > 0 => recorded,
+            _ => self.known_since_ns,
+        }
     }
 
     /// Whether callers may see it: its creation has been answered, or left something to be removed.
@@ -254,6 +269,11 @@ impl Birth {
         self.0.send_replace(Some(outcome));
     }
 
+    /// Tells those who wait that it failed, unless somebody tells them first: who makes an object may panic.
+    pub(super) fn attend(&self) -> Attended<'_> {
+        Attended(self)
+    }
+
     /// Waits for the outcome and shares it.
     pub(super) async fn outcome(&self) -> Result<()> {
         let mut receiver = self.0.subscribe();
@@ -267,11 +287,56 @@ impl Birth {
         }
     }
 
+    fn open(&self) -> bool {
+        self.0.borrow().is_none()
+    }
+
     pub(super) fn succeeded(&self) -> bool {
         matches!(*self.0.borrow(), Some(Ok(())))
     }
 
     pub(super) fn failed(&self) -> bool {
         matches!(*self.0.borrow(), Some(Err(_)))
+    }
+}
+
+/// See [`Birth::attend`].
+pub(super) struct Attended<'a>(&'a Birth);
+
+impl Drop for Attended<'_> {
+    fn drop(&mut self) {
+        if self.0.open() {
+            self.0.is(&Err(Error::internal("the request that was to make this object has failed")));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn those_who_wait_for_a_birth_learn_that_its_maker_panicked() {
+        let birth = std::sync::Arc::new(Birth::new());
+        let maker = {
+            let birth = std::sync::Arc::clone(&birth);
+            tokio::spawn(async move {
+                let _attended = birth.attend();
+                tokio::task::yield_now().await;
+                panic!("a bug");
+            })
+        };
+        let outcome = tokio::time::timeout(std::time::Duration::from_secs(5), birth.outcome()).await;
+        assert_eq!(outcome.unwrap().unwrap_err().kind(), Kind::Internal);
+        assert!(maker.await.is_err() && birth.failed());
+    }
+
+    #[tokio::test]
+    async fn an_attended_birth_keeps_the_outcome_that_it_was_told() {
+        let birth = Birth::new();
+        let attended = birth.attend();
+        birth.is(&Ok(()));
+        drop(attended);
+        assert!(birth.outcome().await.is_ok());
     }
 }

@@ -28,7 +28,7 @@ impl Index {
         let mut tables = self.lock();
         if let Some(old) = tables.names.get(&spec.name).and_then(|id| tables.pods.get(id)) {
             let on_its_way = !old.birth.succeeded() && !old.birth.failed();
-            if on_its_way || old.ready() {
+            if on_its_way || (old.birth.succeeded() && old.ready()) {
                 return Reserved::Existing(Arc::clone(old));
             }
         }

@@ -26,13 +26,14 @@ use std::time::Duration;
 
 use ocid_api::id::ContainerId;
 use ocid_api::{record, shim as wire};
+use tokio::sync::Semaphore;
 use tokio_util::task::TaskTracker;
 
 pub use handle::{Container, Pod};
 
 // What is asked of this module is answered in these words, so its users need not know whose they are.
 pub use crate::oci::CgroupDriver;
-pub use crate::shim::{ContainerPhase, ContainerState, PodState};
+pub use crate::shim::{ContainerPhase, ContainerState};
 
 use crate::config;
 use crate::error::{Error, Result};
@@ -90,8 +91,13 @@ pub struct Pods {
     policy: Policy,
     /// How long to wait for a shim that is on record before saying that it does not answer.
     settle_deadline: Duration,
+    /// Bounds the threads that look at paths of volumes: a dead file server holds each for ever.
+    configuring: Arc<Semaphore>,
     tasks: TaskTracker,
 }
+
+/// How many containers are configured at a time.
+const CONFIGURING_MAX: usize = 64;
 
 impl Pods {
     /// No pods yet; see [`Pods::recover`].
@@ -110,6 +116,7 @@ impl Pods {
             handlers,
             policy: Policy::default(),
             settle_deadline,
+            configuring: Arc::new(Semaphore::new(CONFIGURING_MAX)),
             tasks: TaskTracker::new(),
         }
     }
@@ -144,6 +151,27 @@ impl Pods {
     /// Whether pods can be attached to a network.
     pub fn network_status(&self) -> network::Status {
         self.network.status()
+    }
+
+    /// What an operator needs to see why pods get no network.
+    pub fn network_info(&self) -> serde_json::Value {
+        let (status, config) = (self.network.status(), self.network.config());
+        serde_json::json!({
+            "ready": status.ready,
+            "message": status.message,
+            "defaultNetwork": status.network,
+            "broken": status.broken,
+            "confDir": config.conf_dir,
+            "pluginDirs": config.plugin_dirs,
+        })
+    }
+
+    /// Takes the ranges of this node's pods, `address/bits` with commas between.
+    ///
+    /// # Errors
+    /// If one is no range; the old ones stay then.
+    pub fn set_pod_cidrs(&self, text: &str) -> Result<()> {
+        self.network.set_pod_cidrs(text)
     }
 
     /// Waits for the work that recovery left in the background.

@@ -27,7 +27,7 @@ impl Pods {
     ///
     /// # Errors
     /// Whatever failed first; nothing is left then, or what is left is listed as not ready and can be removed.
-    pub async fn run(&self, spec: PodSpec) -> Result<PodId> {
+    pub async fn run(self: &Arc<Pods>, spec: PodSpec) -> Result<PodId> {
         self.handler(&spec.runtime_handler)?;
         let pod = match self.index.reserve(spec) {
             Reserved::New(pod) => pod,
@@ -36,6 +36,7 @@ impl Pods {
                 return Ok(pod.id().clone());
             }
         };
+        let _attended = pod.birth.attend();
         let _lifecycle = pod.lifecycle.write().await;
         let outcome = self.bring_up(&pod).await.map_err(|e| e.during(format!("run pod {}", pod.spec().name)));
         if let Err(cause) = &outcome {
@@ -43,8 +44,9 @@ impl Pods {
             pod.mark_stopping();
             self.index.free_name(&pod);
             if let Err(error) = self.remove_locked(&pod).await {
-                // It stays listed as not ready: kubelet will stop and remove it.
+                // It stays listed as not ready: kubelet can stop and remove it, and we go on trying.
                 tracing::error!(pod = %pod.id(), %error, "what is left of the pod could not be removed yet");
+                self.undo_later(&pod);
             }
         }
         pod.birth.is(&outcome);
@@ -84,7 +86,7 @@ impl Pods {
             dns: Dns { servers: dns.servers, searches: dns.searches, options: dns.options },
             annotations: spec.annotations.clone(),
             cgroup_path: Some(self.cgroup_parent(pod)),
-            ..Request::default()
+            pod_cidrs: self.network.pod_cidrs(),
         };
         self.network.intent(&request).map(Some)
     }

@@ -13,7 +13,7 @@ use ocid_api::id::ContainerId;
 use super::Pods;
 use super::handle::Pod;
 use super::run::network_of;
-use crate::error::{Error, Kind, Result};
+use crate::error::{Context, Error, Kind, Result};
 
 impl Pods {
     /// Ends everything in the pod, gives its addresses back, and keeps it listed. Unknown is success.
@@ -86,11 +86,11 @@ impl Pods {
         }
         // Nothing on record refers to the snapshots any more: a crash from here on leaves them to the sweep at start.
         for id in &containers {
-            self.forget_container(pod, id)?;
+            self.forget_container(pod, id).await?;
         }
         self.index.forget(pod);
         tracing::info!(pod = %pod.id(), "pod removed");
-        self.images.sweep_released()
+        Ok(())
     }
 
     /// [`Pods::remove_container`] for who holds the pod's lifecycle.
@@ -98,13 +98,16 @@ impl Pods {
         let shim = pod.shim()?;
         shim.settled(self.settle_deadline).await?;
         shim.remove_container(id).await?;
-        self.forget_container(pod, id)?;
-        self.images.sweep_released()
+        self.forget_container(pod, id).await
     }
 
     /// Deletes what the daemon keeps for a container whose record is gone.
-    fn forget_container(&self, pod: &Pod, id: &ContainerId) -> Result<()> {
-        self.snapshots.remove(id)?;
+    async fn forget_container(&self, pod: &Pod, id: &ContainerId) -> Result<()> {
+        // A container may have written a million files.
+        let (snapshots, owner) = (Arc::clone(&self.snapshots), id.clone());
+        tokio::task::spawn_blocking(move || snapshots.remove(&owner))
+            .await
+            .context(Kind::Internal, || format!("delete what container {id} has written"))??;
         pod.forget(id);
         self.index.forget_container(id);
         Ok(())

@@ -32,6 +32,9 @@ pub use state::{ContainerPhase, ContainerState, Deadlines, ExecOutput, Exit, Net
 use crate::error::{Context, Error, Kind, Result};
 use launch::Depth;
 
+/// Longest grace period that is passed on: the transport counts nanoseconds in 63 bits.
+const GRACE_MAX: Duration = Duration::from_secs(365 * 24 * 3600);
+
 /// How far the daemon's knowledge of a shim goes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Life {
@@ -126,7 +129,8 @@ impl Shim {
     /// # Errors
     /// `DeadlineExceeded` if it stays silent.
     pub async fn settled(&self, deadline: Duration) -> Result<()> {
-        self.until(deadline, "its state to be known", |view| view.life != Life::Stale).await
+        let what = "the pod's shim, which is alive but does not answer";
+        self.until(deadline, what, |view| view.life != Life::Stale).await
     }
 
     /// Makes the pod.
@@ -211,6 +215,7 @@ impl Shim {
     /// # Errors
     /// `DeadlineExceeded` if the kernel cannot end it.
     pub async fn stop_container(&self, id: &ContainerId, signal: u32, grace: Duration) -> Result<()> {
+        let grace = grace.min(GRACE_MAX);
         let timeout_ms = u64::try_from(grace.as_millis()).unwrap_or(u64::MAX);
         let request = wire::StopContainerRequest {
             container: id.to_string(),
@@ -283,6 +288,7 @@ impl Shim {
         };
         // The time-out is the shim's to keep; ours is for a shim that does not.
         let margin = self.inner.launcher.deadlines().runtime;
+        let collect = async { self.inner.attended(collect).await? };
         let output = match timeout {
             None => collect.await,
             Some(timeout) => tokio::time::timeout(timeout.saturating_add(margin), collect)
@@ -301,6 +307,8 @@ impl Shim {
                 Err(error) if error.kind() == Kind::Unavailable => {
                     self.until_gone().await.map_err(|_| error)?
                 }
+                // It went between our look at it and the call.
+                Err(_) if self.view().life == Life::Gone => {}
                 Err(error) => return Err(error),
             }
         }
@@ -354,12 +362,49 @@ impl Inner {
             };
             // A margin, so that the shim's own, better described time-out comes first.
             let wait = deadline.saturating_add(Duration::from_secs(5));
-            match tokio::time::timeout(wait, call(client, ttrpc::context::with_duration(wait))).await {
-                Ok(answer) => answer.map_err(rpc_error),
+            let answer = self.attended(call(client, ttrpc::context::with_duration(wait)));
+            match tokio::time::timeout(wait, answer).await {
+                Ok(answer) => answer?.map_err(rpc_error),
                 Err(_) => Err(Error::new(Kind::DeadlineExceeded, format!("no answer within {wait:?}"))),
             }
         };
         run.await.map_err(|e: Error| e.during(format!("{what} (pod {})", self.pod)))
+    }
+
+    /// Waits for an answer as long as the shim shows that it lives. What it does may take minutes; but one that is
+    /// frozen does nothing, and its callers must hear so before they give up.
+    async fn attended<T>(&self, answer: impl Future<Output = T>) -> Result<T> {
+        let mut answer = std::pin::pin!(answer);
+        loop {
+            if let Ok(answer) = tokio::time::timeout(self.launcher.deadlines().call, &mut answer).await {
+                return Ok(answer);
+            }
+            tokio::select! {
+                answer = &mut answer => return Ok(answer),
+                alive = self.answers() => alive?,
+            }
+        }
+    }
+
+    /// Asks the shim for its state on a connection of its own.
+    async fn answers(&self) -> Result<()> {
+        let deadline = self.launcher.deadlines().call;
+        let ask = async {
+            let client = self.connect().await?;
+            let request = wire::WatchRequest::default();
+            let states = client.watch(ttrpc::context::Context::default(), &request).await;
+            states.map_err(rpc_error)?.recv().await.map_err(rpc_error)
+        };
+        match tokio::time::timeout(deadline, ask).await {
+            Err(_) => Err(Error::new(
+                Kind::DeadlineExceeded,
+                format!(
+                    "the pod's shim is alive but has answered nothing for {deadline:?}: it is frozen or starved"
+                ),
+            )),
+            // One that has just exited is told of by its connections.
+            Ok(_) => Ok(()),
+        }
     }
 
     fn not_gone(&self) -> Result<()> {

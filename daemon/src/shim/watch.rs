@@ -16,7 +16,7 @@ use ocid_api::record;
 use ocid_api::shim::{self as wire, ShimClient};
 
 use super::launch::Depth;
-use super::state::{PodPhase, PodState};
+use super::state::{Network, PodPhase, PodState};
 use super::{Inner, Life};
 use crate::error::{Context, Error, Kind, Result};
 
@@ -35,12 +35,16 @@ pub(super) async fn follow(inner: Arc<Inner>) {
         inner.disconnect();
         match inner.lock_held() {
             Ok(true) => inner.publish(None, Life::Stale),
-            Ok(false) => match bury(&inner).await {
-                Ok(()) => return,
-                Err(error) => {
-                    tracing::error!(pod = %inner.pod, %error, "cannot end a pod whose shim is gone; will try again")
+            Ok(false) => {
+                // Until its containers have ended, what was last reported is not known to be so any more.
+                inner.publish(None, Life::Stale);
+                match bury(&inner).await {
+                    Ok(()) => return,
+                    Err(error) => {
+                        tracing::error!(pod = %inner.pod, %error, "cannot end a pod whose shim is gone; will try again")
+                    }
                 }
-            },
+            }
             Err(error) => tracing::error!(pod = %inner.pod, %error, "cannot tell whether the shim is alive"),
         }
         tokio::time::sleep(pause).await;
@@ -95,8 +99,12 @@ pub(super) fn recorded(inner: &Inner) -> Result<Option<PodState>> {
 impl Inner {
     /// Publishes what the record says as the final state. No record: the pod was removed.
     pub(super) fn publish_record(&self) -> Result<()> {
-        let state =
-            recorded(self)?.unwrap_or_else(|| PodState { phase: PodPhase::Stopped, ..PodState::default() });
+        let state = recorded(self)?.unwrap_or_else(|| PodState {
+            phase: PodPhase::Stopped,
+            created_at_ns: self.view.borrow().state.created_at_ns,
+            network: Network { detached: true, ..Network::default() },
+            ..PodState::default()
+        });
         self.publish(Some(state), Life::Gone);
         Ok(())
     }
