@@ -473,6 +473,33 @@ pub struct Built {
 }
 
 impl Built {
+    /// An image of layers that are packed with gzip already: the bytes of each and the digest of its archive. It cannot
+    /// be written as `docker save` does, for want of the archives.
+    pub fn of_packed(layers: Vec<(Vec<u8>, String)>) -> Built {
+        let (format, mut blobs) = (Format::Oci, BTreeMap::new());
+        let mut put = |media_type: &str, bytes: Vec<u8>| {
+            let (digest, size) = (digest(&bytes), bytes.len());
+            blobs.insert(digest.clone(), bytes);
+            json!({ "mediaType": media_type, "digest": digest, "size": size })
+        };
+        let diff_ids: Vec<&String> = layers.iter().map(|(_, digest)| digest).collect();
+        let config = json!({
+            "architecture": architecture(), "os": "linux", "config": {},
+            "rootfs": { "type": "layers", "diff_ids": diff_ids },
+        });
+        let config = serde_json::to_vec(&config).unwrap();
+        let layer = format.layer(Compression::Gzip);
+        let layers: Vec<Value> = layers.into_iter().map(|(bytes, _)| put(layer, bytes)).collect();
+        let manifest = json!({
+            "schemaVersion": 2, "mediaType": format.manifest(),
+            "config": put(format.config(), config.clone()), "layers": layers,
+        });
+        let manifest = serde_json::to_vec(&manifest).unwrap();
+        let (id, digest) = (digest(&config), digest(&manifest));
+        let (media_type, descriptor) = (format.manifest().to_owned(), put(format.manifest(), manifest));
+        Built { id, digest, media_type, descriptor, blobs, config, tars: Vec::new() }
+    }
+
     /// Whether a blob is a manifest or an index.
     pub fn is_manifest(blob: &[u8]) -> bool {
         media_type_of(blob).is_some()
