@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 use harness::client::{self, Client, container};
 use harness::image::Image;
 use harness::{BUSYBOX, Layer, Node};
+use ocid_api::cri::security_profile::ProfileType;
 use ocid_api::cri::{
     ContainerState, ListContainerStatsRequest, ListPodSandboxStatsRequest, PodSandboxConfig, PodSandboxState,
-    StatusRequest,
+    SecurityProfile, StatusRequest,
 };
 use serde_json::json;
 use tonic::Status;
@@ -76,7 +77,12 @@ impl Peer {
 
     async fn start_pod(&mut self, node: &Node, number: usize) {
         let pod = self.config(node, &number.to_string());
-        let sleep = container("main", BUSYBOX, &["sleep", "100000"]);
+        let mut sleep = container("main", BUSYBOX, &["sleep", "100000"]);
+        // As a careful cluster has it; it is a good part of what runc does.
+        client::security(&mut sleep).seccomp = Some(SecurityProfile {
+            profile_type: ProfileType::RuntimeDefault.into(),
+            localhost_ref: String::new(),
+        });
         let id = self.run.await_it(self.client.run_pod(&pod)).await.unwrap();
         let container = self.create.await_it(self.client.create(&id, &sleep, &pod)).await.unwrap();
         self.start.await_it(self.client.start(&container)).await.unwrap();
@@ -244,11 +250,15 @@ impl Bench<'_> {
         (self.ocid.run, self.ocid.create, self.ocid.start) = Default::default();
         let runc = Runc::new(node, &bundle(node, &self.ocid.pods[0]));
         for number in 1..self.counts.pods {
-            self.ocid.start_pod(node, number).await;
-            if let Some((_, peer)) = &mut self.other {
-                peer.start_pod(node, number).await;
+            // Nobody always comes after the same one: the kernel is still busy with what that one left.
+            for turn in number..number + 3 {
+                match (turn % 3, &mut self.other) {
+                    (0, _) => self.ocid.start_pod(node, number).await,
+                    (1, _) => bare.round(&cni, &runc, number),
+                    (_, Some((_, peer))) => peer.start_pod(node, number).await,
+                    (_, None) => {}
+                }
             }
-            bare.round(&cni, &runc, number);
         }
         let none = Peer::new(self.ocid.client.clone(), "", None);
         let other = self.other.as_ref().map_or(&none, |(_, peer)| peer);
@@ -327,10 +337,13 @@ impl Bench<'_> {
         runc.create("bare-exec");
         runc.start("bare-exec");
         for number in 0..self.counts.execs {
-            self.ocid.exec(number).await;
-            bare.time(|| runc.exec("bare-exec"));
-            if let Some((_, peer)) = &mut self.other {
-                peer.exec(number).await;
+            for turn in number..number + 3 {
+                match (turn % 3, &mut self.other) {
+                    (0, _) => self.ocid.exec(number).await,
+                    (1, _) => bare.time(|| runc.exec("bare-exec")),
+                    (_, Some((_, peer))) => peer.exec(number).await,
+                    (_, None) => {}
+                }
             }
         }
         runc.kill("bare-exec");
