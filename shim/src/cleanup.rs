@@ -2,8 +2,13 @@
 //!
 //! Idempotent, and works after a reboot: then no process, mount or cgroup of the pod exists, whatever the record says,
 //! and only records change. Never touches a pod whose lock is held.
+//!
+//! What the shim had begun may still go on: a call of the runtime outlives it, and would make a container after we have
+//! looked. So these are ended first, then the containers that they have made.
 
-use std::time::Duration;
+use std::collections::BTreeSet;
+use std::fs::{self, File};
+use std::time::{Duration, Instant};
 
 use ocid_api::cgroup::Version;
 use ocid_api::id::{ContainerId, PodId};
@@ -11,15 +16,22 @@ use ocid_api::paths::{Dirs, PodPaths};
 use ocid_api::record::{containers, read_container, read_pod};
 use ocid_api::shim::{ContainerPhase, ContainerState, Exit, NetworkPhase, PodPhase, PodState};
 
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+
 use crate::cgroup::Cgroup;
 use crate::container::{erase, rootfs};
 use crate::error::{Context as _, Error, Result};
 use crate::pod::{self, namespaces};
+use crate::process::tree;
 use crate::record::{self, boot_id, now_ns};
-use crate::{lock, log};
+use crate::{lock, log, runc};
 
 /// How long the killed have to die.
 const KILL_DEADLINE: Duration = Duration::from_secs(10);
+/// How long the lock may be held by what a dying shim has started.
+const LOCK_DEADLINE: Duration = Duration::from_millis(500);
+/// Between two looks at who still lives.
+const PAUSE: Duration = Duration::from_millis(2);
 
 /// How far to go.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -52,8 +64,7 @@ pub fn run(id: &PodId, dirs: &Dirs, depth: &Depth) -> Result<()> {
 async fn cleanup(paths: &PodPaths, depth: &Depth) -> Result<()> {
     // Held while we work, so that no two of us meet and no shim begins. Its directory is gone after a stop or a reboot.
     record::make_dir(paths.run_dir()).context(|| format!("make {}", paths.run_dir().display()))?;
-    let lock = lock::take(paths)?;
-    let _lock = lock.ok_or_else(|| Error::precondition("the pod's shim lives"))?;
+    let _lock = lock(paths).await?;
     let state = match read_pod(paths) {
         Ok(state) => state,
         // A record that nobody can read hides nothing that removing it would lose.
@@ -71,6 +82,18 @@ async fn cleanup(paths: &PodPaths, depth: &Depth) -> Result<()> {
     result
 }
 
+/// Takes the lock. A child that the shim was about to start when it died holds it until it runs its program.
+async fn lock(paths: &PodPaths) -> Result<File> {
+    let deadline = Instant::now() + LOCK_DEADLINE;
+    loop {
+        match lock::take(paths)? {
+            Some(lock) => return Ok(lock),
+            None if Instant::now() < deadline => tokio::time::sleep(PAUSE).await,
+            None => return Err(Error::precondition("the pod's shim lives")),
+        }
+    }
+}
+
 struct Cleaner<'a> {
     paths: &'a PodPaths,
     state: PodState,
@@ -80,8 +103,11 @@ struct Cleaner<'a> {
 
 impl Cleaner<'_> {
     async fn run(&self, depth: &Depth) -> Result<()> {
+        if self.alive {
+            self.end_calls().await?;
+        }
         if let Depth::RemoveContainer(id) = depth {
-            self.end(id).await?;
+            self.end(id, false).await?;
             return erase(&self.paths.container(id));
         }
         if self.alive
@@ -89,13 +115,14 @@ impl Cleaner<'_> {
         {
             namespaces::kill_pid_namespace(pid.as_ref());
         }
-        let ids = containers(self.paths).context(|| "list the pod's containers".to_owned())?;
+        let ids = self.containers()?;
         let mut result = Ok(());
         for id in &ids {
-            result = result.and(self.end(id).await);
+            result = result.and(self.end(id, *depth != Depth::Remove).await);
         }
         result?;
-        if *depth == Depth::End {
+        if *depth == Depth::End && self.state.phase.enum_value_or_default() != PodPhase::POD_PHASE_UNSPECIFIED
+        {
             return Ok(());
         }
         if *depth == Depth::Remove {
@@ -110,8 +137,58 @@ impl Cleaner<'_> {
         }
     }
 
-    /// Ends one container and records how.
-    async fn end(&self, id: &ContainerId) -> Result<()> {
+    /// Those that have a record, and those of which only run-time files are left.
+    fn containers(&self) -> Result<BTreeSet<ContainerId>> {
+        let recorded = containers(self.paths).context(|| "list the pod's containers".to_owned())?;
+        let bundles = fs::read_dir(self.paths.bundles()).into_iter().flatten().flatten();
+        let bundles = bundles.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+        Ok(recorded.into_iter().chain(bundles).collect())
+    }
+
+    /// Ends what the shim has started and had no time to write down: calls of the runtime, with all below them, and the
+    /// init of a pid namespace that is not pinned yet.
+    async fn end_calls(&self) -> Result<()> {
+        let deadline = Instant::now() + KILL_DEADLINE;
+        loop {
+            let mut left = false;
+            for pid in self.calls() {
+                left = true;
+                let Some(Ok(pidfd)) = Pid::from_raw(pid).map(|pid| pidfd_open(pid, PidfdFlags::empty()))
+                else {
+                    continue;
+                };
+                if self.is_call(pid) {
+                    // Stopped, it keeps its pid until it is killed.
+                    let _ = pidfd_send_signal(&pidfd, Signal::STOP);
+                    tree::kill_descendants(pid, Vec::new);
+                    let _ = pidfd_send_signal(&pidfd, Signal::KILL);
+                }
+            }
+            if !left {
+                return Ok(());
+            }
+            if Instant::now() >= deadline {
+                return Err(Error::deadline("what the pod's shim has started survives SIGKILL"));
+            }
+            tokio::time::sleep(PAUSE).await;
+        }
+    }
+
+    fn calls(&self) -> Vec<i32> {
+        let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+        let pids = processes.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+        pids.filter(|pid| self.is_call(*pid)).collect()
+    }
+
+    /// By its command line, which names files of this pod that nothing else does. A zombie has none.
+    fn is_call(&self, pid: i32) -> bool {
+        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let args = || line.split(|byte| *byte == 0);
+        runc::is_call(args(), self.paths.run_dir()) || namespaces::is_pause(args(), self.paths)
+    }
+
+    /// Ends one container and, unless it is to be deleted, records how.
+    async fn end(&self, id: &ContainerId, keep: bool) -> Result<()> {
         let paths = self.paths.container(id);
         let recorded = read_container(self.paths, id).ok().flatten();
         let exited =
@@ -128,7 +205,7 @@ impl Cleaner<'_> {
             {
                 erase(&paths) // its creation was never answered
             }
-            Some(_) if exited => Ok(()),
+            Some(_) if exited || !keep => Ok(()),
             Some(_) => {
                 let exit = Exit {
                     code: 137,
@@ -151,33 +228,29 @@ impl Cleaner<'_> {
     }
 
     async fn kill(&self, id: &ContainerId, recorded: Option<&ContainerState>) -> Result<()> {
-        let cgroup = recorded
+        let recorded = recorded
             .and_then(|container| Some((Version::detect().ok()?, &container.cgroup)))
             .and_then(|(version, path)| Cgroup::new(version, path));
-        let mut dead = false;
-        if let Some(cgroup) = &cgroup {
-            dead = cgroup.kill(KILL_DEADLINE).await;
+        // Where no cgroup is recorded, those named after the container: no other has such a name.
+        let cgroups =
+            || recorded.clone().map_or_else(|| Cgroup::named_after(id.as_str()), |known| vec![known]);
+        for cgroup in cgroups() {
+            cgroup.kill(KILL_DEADLINE).await;
         }
         // The runtime has a state of its own to forget, and knows of processes when we know of no cgroup.
         if let Some(runtime) = self.state.runtime.as_ref().filter(|runtime| !runtime.binary.is_empty()) {
             let runc = pod::runc(runtime, self.paths.run_dir().to_path_buf());
-            match runc.delete_by_force(id.as_str()).await {
-                Ok(()) => dead = true,
-                Err(e) => log::say(&format!("container {id}: {e}")),
+            if let Err(e) = runc.delete_by_force(id.as_str()).await {
+                log::say(&format!("container {id}: {e}"));
             }
         }
-        if let Some(cgroup) = &cgroup {
+        for cgroup in cgroups() {
             if !cgroup.processes().is_empty() {
                 return Err(Error::deadline(format!("processes of container {id} survive SIGKILL")));
             }
             cgroup.remove();
-            dead = true;
         }
-        if dead {
-            Ok(())
-        } else {
-            Err(Error::internal(format!("cannot tell whether container {id} has ended")))
-        }
+        Ok(())
     }
 
     fn release(&self) -> Result<()> {

@@ -20,6 +20,9 @@ use ocid_api::shim::{
 use serde_json::{Value, json};
 use ttrpc::context::{Context, with_duration};
 
+#[path = "live/faults.rs"]
+mod faults;
+
 const RUNC: &str = "/usr/sbin/runc";
 const BUSYBOX: &str = "/bin/busybox";
 
@@ -405,7 +408,10 @@ async fn a_graceful_stop_waits_and_a_shorter_one_wins() {
     tokio::time::sleep(Duration::from_millis(100)).await;
     assert_eq!(node.stop(&polite, 20_000).await.unwrap().exit.code, 5);
 
-    let deaf = node.run(&["sh", "-c", "trap '' TERM; while :; do sleep 0.02; done"]).await;
+    let deaf = node.run(&["sh", "-c", "trap '' TERM; echo deaf; while :; do sleep 0.02; done"]).await;
+    while !node.log(&deaf).contains("deaf") {
+        tokio::time::sleep(Duration::from_millis(10)).await; // until then the runtime may still hear it
+    }
     let begun = Instant::now();
     let (long, short) = tokio::join!(node.stop(&deaf, 20_000), async {
         tokio::time::sleep(Duration::from_millis(100)).await;

@@ -41,6 +41,22 @@ impl Cgroup {
         Cgroup::new(version, of_process(version, &text)?)
     }
 
+    /// Cgroups in which a process lives and in whose path a directory's name holds `id`, which must be long and random.
+    pub(crate) fn named_after(id: &str) -> Vec<Cgroup> {
+        let Ok(version) = Version::detect() else { return Vec::new() };
+        let mut found = Vec::new();
+        for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
+            let text = fs::read_to_string(entry.path().join("cgroup")).unwrap_or_default();
+            let paths = text.lines().filter_map(|line| line.splitn(3, ':').nth(2));
+            for cgroup in paths.filter_map(|path| Cgroup::new(version, named(path, id)?)) {
+                if !found.contains(&cgroup) {
+                    found.push(cgroup);
+                }
+            }
+        }
+        found
+    }
+
     /// Below the mount of each hierarchy, with a leading slash.
     pub(crate) fn path(&self) -> &str {
         &self.path
@@ -149,6 +165,13 @@ fn inherit_cpuset(parent: &Path, dir: &Path) {
     }
 }
 
+/// The path up to and with the first directory whose name holds `id`.
+fn named<'a>(path: &'a str, id: &str) -> Option<&'a str> {
+    let start = path.find(id).filter(|_| !id.is_empty())?;
+    let end = path[start..].find('/').map_or(path.len(), |length| start + length);
+    Some(&path[..end])
+}
+
 fn collect(dir: &Path, depth: usize, pids: &mut Vec<i32>) {
     if let Ok(text) = fs::read_to_string(dir.join("cgroup.procs")) {
         pids.extend(text.lines().filter_map(|line| line.parse::<i32>().ok()).filter(|pid| *pid > 1));
@@ -187,6 +210,14 @@ mod tests {
             assert_eq!(Cgroup::new(Version::V1, bad), None, "{bad:?}");
         }
         assert_eq!(Cgroup::new(Version::V1, "a/b/").unwrap().path(), "/a/b");
+    }
+
+    #[test]
+    fn a_cgroup_is_named_after_an_id_up_to_that_name() {
+        assert_eq!(named("/a/ocid-77.scope/init", "77"), Some("/a/ocid-77.scope"));
+        assert_eq!(named("/a/77", "77"), Some("/a/77"));
+        assert_eq!(named("/a/b", "77"), None);
+        assert_eq!(named("/a/b", ""), None);
     }
 
     #[test]

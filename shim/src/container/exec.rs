@@ -3,19 +3,16 @@
 //! [`spawn`] is the one place that knows how a process gets into a container. Today the runtime does it; entering by
 //! pidfd without the runtime belongs there, for the specs that it knows, with the runtime for all others.
 
-use std::collections::BTreeSet;
 use std::fs;
 use std::future::Future;
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use tokio::sync::{Semaphore, mpsc};
 
 use super::Container;
 use crate::error::{Context as _, Error, Kind, Result};
-use crate::process::{Process, Status, orphans};
+use crate::process::{Process, Status, orphans, tree};
 use crate::stdio::{Capture, ChildEnds, Chunk};
 
 /// Execs of one pod at a time.
@@ -24,8 +21,6 @@ const EXECS_MAX: usize = 64;
 const PROCESS_BYTES_MAX: usize = 1 << 20;
 /// How long killed processes have to die.
 const KILL_DEADLINE: Duration = Duration::from_secs(5);
-/// How often the descendants of a process are looked for: each round may find children made since the last.
-const ROUNDS_MAX: usize = 16;
 
 static EXECS: Semaphore = Semaphore::const_new(EXECS_MAX);
 
@@ -49,7 +44,7 @@ impl Container {
         gone: impl Future<Output = ()>,
     ) -> Result<Status> {
         check(&exec.process)?;
-        let _permit = EXECS.try_acquire().map_err(|_| {
+        let permit = EXECS.try_acquire().map_err(|_| {
             Error::new(Kind::ResourceExhausted, format!("{EXECS_MAX} execs run in this pod already"))
         })?;
         if !self.state().is_running() {
@@ -80,6 +75,7 @@ impl Container {
             why = &mut cut_short => {
                 let container = Arc::clone(self);
                 tokio::spawn(async move {
+                    let _permit = permit; // it counts until it has ended
                     if let Ok(Ok(process)) = starting.await {
                         container.kill_tree(&process).await;
                     }
@@ -101,42 +97,22 @@ impl Container {
         }
     }
 
-    /// Kills a process of this container and what it has started, and reaps it.
+    /// Kills a process of this container and what it has started, and reaps it. One that has been reaped already is
+    /// left alone: its pid may be another's now, and what it has left behind is not waited for either.
     async fn kill_tree(&self, process: &Process) {
-        let tree = self.stop_tree(process);
-        for pidfd in &tree {
-            let _ = pidfd_send_signal(pidfd, Signal::KILL);
+        if process.is_reaped() {
+            return;
         }
+        // Those whose parent has ended are nobody's descendants any more, but still in the session of the exec.
+        let in_session = || {
+            let mut pids = self.cgroup().map(|cgroup| cgroup.processes()).unwrap_or_default();
+            pids.retain(|pid| session(*pid) == Some(process.pid()));
+            pids
+        };
+        let _ = process.signal(libc::SIGSTOP);
+        tree::kill_descendants(process.pid(), in_session);
         let _ = process.signal(libc::SIGKILL);
         let _ = tokio::time::timeout(KILL_DEADLINE, process.wait()).await;
-    }
-
-    /// Stops the descendants, so that they make no more, until a look finds no new one.
-    fn stop_tree(&self, process: &Process) -> Vec<OwnedFd> {
-        let _ = process.signal(libc::SIGSTOP);
-        let (mut seen, mut tree) = (BTreeSet::from([process.pid()]), Vec::new());
-        for _ in 0..ROUNDS_MAX {
-            let mut found = descendants(process.pid());
-            // Those whose parent has ended are nobody's descendants any more, but still in the session of the exec.
-            found.extend(
-                self.cgroup()
-                    .map(|cgroup| cgroup.processes())
-                    .unwrap_or_default()
-                    .into_iter()
-                    .filter(|pid| session(*pid) == Some(process.pid())),
-            );
-            found.retain(|pid| seen.insert(*pid));
-            if found.is_empty() {
-                break;
-            }
-            for pid in found {
-                if let Some(Ok(pidfd)) = Pid::from_raw(pid).map(|pid| pidfd_open(pid, PidfdFlags::empty())) {
-                    let _ = pidfd_send_signal(&pidfd, Signal::STOP);
-                    tree.push(pidfd);
-                }
-            }
-        }
-        tree
     }
 }
 
@@ -182,23 +158,6 @@ fn check(process: &[u8]) -> Result<()> {
         return Err(Error::invalid("a synchronous exec has no terminal"));
     }
     Ok(())
-}
-
-/// Children of children, as far as they still have their parents.
-fn descendants(root: i32) -> Vec<i32> {
-    let mut found = Vec::new();
-    let mut next = vec![root];
-    while let Some(pid) = next.pop() {
-        for task in fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten() {
-            let children = fs::read_to_string(task.path().join("children")).unwrap_or_default();
-            let children = children.split_ascii_whitespace().filter_map(|pid| pid.parse::<i32>().ok());
-            for child in children {
-                found.push(child);
-                next.push(child);
-            }
-        }
-    }
-    found
 }
 
 /// The session of a process.

@@ -199,13 +199,15 @@ fn make_pid(dir: &Path) -> Result<(PathBuf, Process)> {
     let host = File::open("/proc/thread-self/ns/pid").context(|| "open our pid namespace".to_owned())?;
     unshare(CloneFlags::CLONE_NEWPID).context(|| "make a pid namespace".to_owned())?;
     // Our own executable, though its file may have been replaced since.
-    let spawned = Process::spawn(Command::new("/proc/self/exe").arg("pause"));
+    // It is told where the namespace will be pinned, so that `cleanup` knows whose it is.
+    let target = dir.join("pid");
+    let spawned = Process::spawn(Command::new("/proc/self/exe").arg("pause").arg(&target));
     if let Err(e) = setns(&host, CloneFlags::CLONE_NEWPID) {
         lost(&format!("cannot go back to the host's pid namespace: {e}"));
     }
     let pause = spawned.context(|| "start the init of the pid namespace".to_owned())?;
     let source = format!("/proc/{}/ns/pid", pause.pid());
-    match pin(Path::new(&source), &dir.join("pid")) {
+    match pin(Path::new(&source), &target) {
         Ok(path) => Ok((path, pause)),
         Err(e) => {
             let _ = pause.signal(libc::SIGKILL);
@@ -223,6 +225,13 @@ pub(crate) fn release(paths: &PodPaths) -> Result<()> {
         record::remove_file(&path).context(|| format!("remove {}", path.display()))?;
     }
     record::remove_dir(&dir).context(|| format!("remove {}", dir.display()))
+}
+
+/// Whether a command line is that of the init of this pod's pid namespace.
+pub(crate) fn is_pause<'a>(mut args: impl Iterator<Item = &'a [u8]>, paths: &PodPaths) -> bool {
+    use std::os::unix::ffi::OsStrExt as _;
+    let target = paths.namespaces().join("pid");
+    args.nth(1) == Some(b"pause") && args.next() == Some(target.as_os_str().as_bytes())
 }
 
 /// Kills everything in a pinned pid namespace. For when nobody holds its init any more.

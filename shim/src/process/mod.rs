@@ -8,6 +8,7 @@
 //! and a recycled pid cannot be mistaken for ours. What nobody has claimed is collected by [`orphans`].
 
 pub mod orphans;
+pub(crate) mod tree;
 
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -92,6 +93,11 @@ impl Process {
     /// The process id, valid until the exit has been taken.
     pub fn pid(&self) -> i32 {
         self.pid.as_raw_nonzero().get()
+    }
+
+    /// Whether the exit has been taken. Then the pid may be another's.
+    pub fn is_reaped(&self) -> bool {
+        self.status.get().is_some()
     }
 
     /// Sends a signal. A process that has gone is success: what was wanted has happened.

@@ -22,6 +22,9 @@ const TIMEOUT: Duration = Duration::from_secs(120);
 /// How long a killed runtime has to die: then it hangs in the kernel and we stop waiting for it.
 const KILL_DEADLINE: Duration = Duration::from_secs(2);
 
+/// How the names of a call's files begin.
+const SCRATCH: &str = "runtime-";
+
 /// An OCI runtime and where we keep the files of a call to it.
 #[derive(Debug)]
 pub(crate) struct Runc {
@@ -152,8 +155,15 @@ impl Runc {
 
     fn scratch_file(&self, extension: &str) -> Scratch {
         let number = self.calls.fetch_add(1, Ordering::Relaxed);
-        Scratch(self.scratch.join(format!("runtime-{}-{number}.{extension}", std::process::id())))
+        Scratch(self.scratch.join(format!("{SCRATCH}{}-{number}.{extension}", std::process::id())))
     }
+}
+
+/// Whether a command line is that of a call made with this scratch directory.
+pub(crate) fn is_call<'a>(mut args: impl Iterator<Item = &'a [u8]>, scratch: &Path) -> bool {
+    use std::os::unix::ffi::OsStrExt as _;
+    let ours = [scratch.as_os_str().as_bytes(), b"/", SCRATCH.as_bytes()].concat();
+    args.any(|arg| arg.starts_with(&ours))
 }
 
 /// The end of a log. A runtime gone mad may have written any amount.
