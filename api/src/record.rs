@@ -60,6 +60,7 @@ fn ids<T: std::str::FromStr>(dir: &Path) -> io::Result<Vec<T>> {
 pub fn read_pod(pod: &PodPaths) -> io::Result<Option<PodState>> {
     let Some(bytes) = read(&pod.record())? else { return Ok(None) };
     let mut state = PodState::parse_from_bytes(&bytes).map_err(io::Error::other)?;
+    named(&state.pod, pod.record_dir())?;
     state.containers.clear();
     for id in containers(pod)? {
         if let Ok(Some(container)) = read_container(pod, &id) {
@@ -77,12 +78,22 @@ pub fn read_container(pod: &PodPaths, id: &ContainerId) -> io::Result<Option<Con
     let paths = pod.container(id);
     let Some(bytes) = read(&paths.record())? else { return Ok(None) };
     let mut state = ContainerState::parse_from_bytes(&bytes).map_err(io::Error::other)?;
+    named(&state.container, paths.record_dir())?;
     if let Some(exit) = read(&paths.exit())?.as_deref().and_then(decode_exit) {
         state.phase = ContainerPhase::CONTAINER_EXITED.into();
         state.pid = 0;
         state.exit = Some(exit).into();
     }
     Ok(Some(state))
+}
+
+/// A record says whose it is. One that does not is none, though it can be parsed: to protobuf, an empty file is a
+/// message with nothing set.
+fn named(id: &str, dir: &Path) -> io::Result<()> {
+    match dir.file_name().is_some_and(|name| name == id) {
+        true => Ok(()),
+        false => Err(io::Error::other(format!("the record in {} is not its own", dir.display()))),
+    }
 }
 
 /// Reads a file of bounded size. `None` if there is none.

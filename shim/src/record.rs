@@ -67,14 +67,32 @@ pub(crate) fn flush(dir: &Path, files: &[std::path::PathBuf]) -> io::Result<()> 
     dir.parent().map_or(Ok(()), |parent| File::open(parent)?.sync_all())
 }
 
-/// Writes a file that is not there yet, or replaces it.
+/// Writes a file that is not there yet, or replaces it. On a full disk it is written in place, if the room it has is
+/// enough: the end of a pod must not need new space.
 pub(crate) fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let temporary = path.with_extension("new");
     let written = write_file(&temporary, bytes, 0o600).and_then(|()| fs::rename(&temporary, path));
-    if written.is_err() {
-        let _ = fs::remove_file(&temporary);
+    let Err(why) = written else { return Ok(()) };
+    let _ = fs::remove_file(&temporary);
+    match why.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+            overwrite(path, bytes).unwrap_or(Err(why))
+        }
+        _ => Err(why),
     }
-    written
+}
+
+/// Writes a file in place, by one write into blocks that it has; `None` if there are not enough. A crash of ours cannot
+/// come between: the kernel copies what is less than a page without a pause.
+fn overwrite(path: &Path, bytes: &[u8]) -> Option<io::Result<()>> {
+    use std::os::unix::fs::MetadataExt as _;
+    let file = OpenOptions::new().write(true).open(path).ok()?;
+    let metadata = file.metadata().ok()?;
+    let room = metadata.len().max(metadata.blocks() * 512);
+    if bytes.len() as u64 > room {
+        return None;
+    }
+    Some(file.write_all_at(bytes, 0).and_then(|()| file.set_len(bytes.len() as u64)))
 }
 
 /// Writes a file whole, with a mode that the umask does not change.
@@ -127,7 +145,8 @@ mod tests {
         let id = ContainerId::generate();
         let container = pod.container(&id);
         make_dir(container.record_dir()).unwrap();
-        let state = PodState { phase: PodPhase::POD_READY.into(), ..Default::default() };
+        let name = pod.record_dir().file_name().unwrap().to_str().unwrap().to_owned();
+        let state = PodState { pod: name, phase: PodPhase::POD_READY.into(), ..Default::default() };
         write_pod(&pod, &state).unwrap();
         let running = ContainerState {
             container: id.to_string(),
@@ -154,5 +173,38 @@ mod tests {
         reserve_exit(&container).unwrap();
         write_exit(&container, &Exit { code: 1, ..Default::default() }).unwrap();
         assert_eq!(fs::metadata(container.exit()).unwrap().len(), EXIT_FILE_BYTES as u64);
+    }
+
+    #[test]
+    fn an_emptied_record_is_an_error_and_hides_one_container_only() {
+        let dir = tempfile::tempdir().unwrap();
+        let dirs = Dirs { root: dir.path().into(), state: dir.path().into() };
+        let id = PodId::generate();
+        let pod = dirs.pod(&id);
+        let (good, bad) = (ContainerId::generate(), ContainerId::generate());
+        for id in [&good, &bad] {
+            make_dir(pod.container(id).record_dir()).unwrap();
+            let state = ContainerState { container: id.to_string(), ..Default::default() };
+            write_container(&pod.container(id), &state).unwrap();
+        }
+        write_pod(&pod, &PodState { pod: id.to_string(), ..Default::default() }).unwrap();
+        fs::write(pod.container(&bad).record(), b"").unwrap();
+        assert!(read_container(&pod, &bad).is_err());
+        let containers = read_pod(&pod).unwrap().unwrap().containers;
+        assert_eq!(containers.iter().map(|c| &*c.container).collect::<Vec<_>>(), [good.as_str()]);
+        fs::write(pod.record(), b"").unwrap();
+        assert!(read_pod(&pod).is_err());
+    }
+
+    #[test]
+    fn a_record_is_written_in_place_only_into_room_that_it_has() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("record");
+        assert!(overwrite(&path, b"new").is_none(), "there is no file");
+        fs::write(&path, b"a longer one").unwrap();
+        overwrite(&path, b"new").unwrap().unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"new");
+        assert!(overwrite(&path, &[0; 1 << 20]).is_none());
+        assert_eq!(fs::read(&path).unwrap(), b"new");
     }
 }

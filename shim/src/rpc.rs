@@ -287,9 +287,10 @@ impl Shim for Service {
         let timeout = Duration::from_millis(request.timeout_ms);
         let state = detached(async move {
             container.stop(signal, timeout).await?;
-            Ok(container.to_message())
+            // One that could not be created is as unknown as one that was never asked for.
+            Ok(container.state().has_exited().then(|| container.to_message()))
         });
-        Ok(StopContainerResponse { state: Some(state.await?).into(), ..Default::default() })
+        Ok(StopContainerResponse { state: state.await?.into(), ..Default::default() })
     }
 
     async fn update_container(

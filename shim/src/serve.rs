@@ -49,10 +49,14 @@ pub fn run(id: &PodId, dirs: &Dirs, cgroup: Option<&str>) -> Result<()> {
     // The lock ends with the process.
 }
 
-/// Takes the lock and binds the socket. Undoes itself, but never what belongs to a shim that holds the lock.
+/// Takes the lock and binds the socket. Undoes itself, but never what belongs to a shim that holds the lock,
+/// or to a pod that was there before.
 fn begin(paths: &PodPaths) -> Result<(File, UnixListener)> {
     record::make_dir(paths.run_dir()).context(|| format!("make {}", paths.run_dir().display()))?;
     let lock = lock::take(paths)?.ok_or_else(|| Error::precondition("another shim holds this pod"))?;
+    if paths.record().exists() {
+        return Err(Error::precondition("this pod has a record already, of a shim that is gone"));
+    }
     let listener = record::make_dir(paths.record_dir())
         .context(|| format!("make {}", paths.record_dir().display()))
         .and_then(|()| listen(paths))

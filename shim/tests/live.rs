@@ -60,7 +60,13 @@ struct Node {
 
 impl Node {
     async fn new() -> Node {
+        Node::prepared(|_| {}).await
+    }
+
+    /// A node whose directory has been prepared before its shim starts.
+    async fn prepared(prepare: impl FnOnce(&Path)) -> Node {
         let dir = tempfile::Builder::new().prefix("ocid-").tempdir_in("/tmp").unwrap();
+        prepare(dir.path());
         let dirs = Dirs { root: dir.path().join("root"), state: dir.path().join("state") };
         let id = PodId::generate();
         let paths = dirs.pod(&id);
@@ -273,7 +279,9 @@ impl Node {
     fn mounts(&self) -> Vec<String> {
         let all = fs::read_to_string("/proc/self/mountinfo").unwrap();
         let ours = self._dir.path().to_str().unwrap().to_owned();
-        all.lines().filter(|line| line.contains(&ours)).map(str::to_owned).collect()
+        let prepared = [format!(" {ours}/root "), format!(" {ours}/state ")];
+        let ours = all.lines().filter(|line| line.contains(&ours));
+        ours.filter(|line| !prepared.iter().any(|mount| line.contains(mount))).map(str::to_owned).collect()
     }
 
     /// Nothing is left of the pod but, if wanted, its record.
@@ -298,6 +306,9 @@ impl Drop for Node {
         let _ = self.shim.kill();
         let _ = self.shim.wait();
         self.cleanup(&["--remove"]);
+        for name in ["root", "state"] {
+            let _ = Command::new("umount").arg("-l").arg(self._dir.path().join(name)).output();
+        }
     }
 }
 

@@ -19,6 +19,9 @@ impl Container {
     pub(crate) async fn stop(&self, signal: i32, timeout: Duration) -> Result<()> {
         self.settled().await;
         let state = self.state();
+        if matches!(state, State::Creating) {
+            return Ok(()); // its create has failed and left nothing
+        }
         if matches!(state, State::Running { .. }) && !timeout.is_zero() {
             self.signal(signal)?;
             let deadline = self.shorten_deadline(timeout.min(TIMEOUT_MAX));

@@ -334,7 +334,11 @@ impl Pod {
         let container = self.containers().get(id).cloned();
         if let Some(container) = container {
             container.remove().await?;
-            self.containers().remove(id);
+            // Its name may have been given to another meanwhile, if its create had failed.
+            let mut containers = self.containers();
+            if containers.get(id).is_some_and(|found| Arc::ptr_eq(found, &container)) {
+                containers.remove(id);
+            }
         }
         Ok(())
     }

@@ -122,3 +122,153 @@ async fn a_shim_killed_at_any_moment_leaves_nothing_that_cleanup_does_not_remove
         remove_and_check(&node, &when).await;
     }
 }
+
+/// A node whose records and run-time files are on filesystems of their own, which [`fill`] fills to the brim.
+async fn small_disks() -> Node {
+    let mut node = Node::prepared(|dir| {
+        for (name, options) in [("root", "size=256k,mode=700"), ("state", "size=2m,mode=700")] {
+            let path = dir.join(name);
+            fs::create_dir(&path).unwrap();
+            let mount =
+                Command::new("mount").args(["-t", "tmpfs", "-o", options, "tmpfs"]).arg(path).status();
+            assert!(mount.unwrap().success());
+        }
+    })
+    .await;
+    node.runtime_root = node.dirs.state.join("runtime");
+    node.ready(|_| {}).await;
+    node
+}
+
+fn fill(node: &Node) {
+    use std::io::Write as _;
+    for dir in [&node.dirs.root, &node.dirs.state] {
+        let mut file = fs::File::create(dir.join("filler")).unwrap();
+        while file.write(&[1; 4096]).is_ok_and(|written| written > 0) {}
+        // No file can be made either, where the filesystem counts them.
+        assert!(fs::write(dir.join("more"), [1; 64]).is_err());
+        let _ = fs::remove_file(dir.join("more"));
+    }
+}
+
+#[tokio::test]
+async fn a_full_disk_loses_no_exit_and_keeps_nobody_from_the_end() {
+    if !able() {
+        return;
+    }
+    let mut node = small_disks().await;
+    let polite = node.run(&["sh", "-c", "trap 'exit 3' TERM; echo up; while :; do sleep 0.02; done"]).await;
+    let (removed, left) = (node.run(&["sleep", "1000"]).await, node.create(&["sleep", "1000"]).await);
+    while !node.log(&polite).contains("up") {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    fill(&node);
+    assert_eq!(node.stop(&polite, 20_000).await.unwrap().exit.code, 3);
+    assert_eq!(read_container(&node.paths, &polite).unwrap().unwrap().exit.code, 3);
+    node.remove(&removed).await;
+    fill(&node);
+    let created = ContainerId::generate();
+    let refused = node.client.create_container(ctx(), &node.request(&created, &["true"])).await;
+    assert_eq!(code(&refused.unwrap_err()).0, ttrpc::Code::INTERNAL);
+    fill(&node);
+    node.network(NetworkPhase::NETWORK_DETACHED).await;
+    node.shim_exits();
+    let state = read_pod(&node.paths).unwrap().unwrap();
+    assert_eq!(state.phase.enum_value(), Ok(PodPhase::POD_STOPPED));
+    let mut codes: Vec<_> = state.containers.iter().map(|c| (c.container.clone(), c.exit.code)).collect();
+    codes.sort();
+    let mut expected = vec![(polite.to_string(), 3), (left.to_string(), 137)];
+    expected.sort();
+    assert_eq!(codes, expected);
+    fill(&node);
+    remove_and_check(&node, "disk full").await;
+}
+
+#[tokio::test]
+async fn a_full_disk_keeps_cleanup_from_nothing() {
+    if !able() {
+        return;
+    }
+    let mut node = small_disks().await;
+    node.run(&["sleep", "1000"]).await;
+    fill(&node);
+    kill_shim(&mut node);
+    for depth in [&[][..], &["--detached"]] {
+        let done = node.cleanup(depth);
+        assert!(done.status.success(), "{depth:?}: {done:?}");
+        let state = read_pod(&node.paths).unwrap().unwrap();
+        assert_eq!(&*state.containers[0].exit.reason, "ShimLost");
+        assert_eq!(state.phase.enum_value() == Ok(PodPhase::POD_STOPPED), depth == ["--detached"]);
+        fill(&node);
+    }
+    remove_and_check(&node, "disk full").await;
+}
+
+#[tokio::test]
+async fn emptied_and_vanished_records_do_not_keep_a_pod_from_being_removed() {
+    if !able() {
+        return;
+    }
+    for case in ["container", "pod", "both", "gone"] {
+        let mut node = Node::new().await;
+        node.ready(|_| {}).await;
+        let id = node.run(&["sleep", "1000"]).await;
+        kill_shim(&mut node);
+        if case != "pod" {
+            fs::write(node.paths.container(&id).record(), b"").unwrap();
+        }
+        if case != "container" {
+            fs::write(node.paths.record(), b"").unwrap();
+        }
+        if case == "gone" {
+            fs::remove_dir_all(&node.dirs.root).unwrap();
+        }
+        let done = node.cleanup(&["--remove"]);
+        assert!(done.status.success(), "{case}: {done:?}");
+        assert!(processes_of(&node).is_empty(), "{case}: {:#?}", processes_of(&node));
+        assert_eq!(node.mounts(), Vec::<String>::new(), "{case}");
+        assert!(!node.paths.run_dir().exists() && !node.paths.record_dir().exists(), "{case}");
+    }
+}
+
+#[tokio::test]
+async fn a_stop_during_a_create_that_fails_is_a_stop_of_nothing() {
+    if !able() {
+        return;
+    }
+    let node = Node::new().await;
+    let runtime = slow_runtime(&node, "sleep 0.3", "");
+    node.ready(|request| request.runtime.as_mut().unwrap().binary = runtime).await;
+    let id = ContainerId::generate();
+    let request = node.request(&id, &["no-such-program"]);
+    let begun = Instant::now();
+    let (created, stopped) = tokio::join!(node.client.create_container(ctx(), &request), async {
+        tokio::time::sleep(Duration::from_millis(150)).await;
+        let request = StopContainerRequest { container: id.to_string(), ..Default::default() };
+        node.client.stop_container(ctx(), &request).await
+    });
+    assert_eq!(code(&created.unwrap_err()).0, ttrpc::Code::INVALID_ARGUMENT);
+    assert!(stopped.unwrap().state.is_none());
+    assert!(begun.elapsed() < Duration::from_secs(5));
+}
+
+#[tokio::test]
+async fn a_second_shim_touches_nothing_of_a_pod_that_is_there() {
+    if !able() {
+        return;
+    }
+    let mut node = Node::new().await;
+    node.ready(|_| {}).await;
+    let serve = |node: &Node| {
+        let mut command = Command::new(binary());
+        command.args(["serve", "--pod", node.id.as_str()]);
+        command.arg("--root").arg(&node.dirs.root).arg("--state").arg(&node.dirs.state);
+        command.stdout(Stdio::null()).stderr(Stdio::null()).status().unwrap()
+    };
+    let before = read_pod(&node.paths).unwrap();
+    assert!(!serve(&node).success());
+    kill_shim(&mut node);
+    assert!(!serve(&node).success());
+    assert_eq!(read_pod(&node.paths).unwrap(), before);
+    assert!(node.paths.namespaces().join("net").exists());
+}
