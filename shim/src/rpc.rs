@@ -75,8 +75,9 @@ pub(crate) async fn serve(pod: Arc<Pod>, listener: UnixListener) {
 /// Serves one connection until it closes.
 async fn connection(pod: Arc<Pod>, stream: UnixStream) {
     let (closed, mut is_closed) = watch::channel(false);
-    let service = Service { pod, closed: is_closed.clone() };
-    let connection = Connection { stream, closed };
+    let (stalled, is_stalled) = watch::channel(false);
+    let service = Service { pod, closed: is_closed.clone(), stalled: is_stalled };
+    let connection = Connection { stream, closed, stalled };
     let accepted = futures_util::stream::once(future::ready(io::Result::Ok(connection)));
     let mut server =
         Server::new().add_listener(Listener::new(accepted)).register_service(create_shim(Arc::new(service)));
@@ -115,10 +116,11 @@ impl Drop for Answering {
     }
 }
 
-/// A stream that says when it has closed.
+/// A stream that says when it has closed, and when its peer does not read.
 struct Connection {
     stream: UnixStream,
     closed: watch::Sender<bool>,
+    stalled: watch::Sender<bool>,
 }
 
 impl Connection {
@@ -154,6 +156,8 @@ impl AsyncWrite for Connection {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.stream).poll_write(cx, bytes);
         self.note(matches!(written, Poll::Ready(Err(_))));
+        let full = written.is_pending();
+        self.stalled.send_if_modified(|stalled| std::mem::replace(stalled, full) != full);
         written
     }
 
@@ -169,6 +173,16 @@ impl AsyncWrite for Connection {
 struct Service {
     pod: Arc<Pod>,
     closed: watch::Receiver<bool>,
+    stalled: watch::Receiver<bool>,
+}
+
+impl Service {
+    /// Waits until the peer reads again. ttrpc queues a hundred messages for a peer that does not; what can wait here
+    /// takes no memory.
+    async fn taken(&self) {
+        let mut stalled = self.stalled.clone();
+        let _ = stalled.wait_for(|stalled| !stalled).await; // an error if the connection is gone: nothing to wait for
+    }
 }
 
 /// Runs a call to its end though its caller goes away.
@@ -214,6 +228,11 @@ impl Shim for Service {
             tokio::select! {
                 _ = states.changed() => {}
                 _ = ended.changed() => {}
+                _ = closed.wait_for(|closed| *closed) => return Ok(()),
+            }
+            // Meanwhile changes are merged.
+            tokio::select! {
+                () = self.taken() => {}
                 _ = closed.wait_for(|closed| *closed) => return Ok(()),
             }
         }
@@ -351,7 +370,10 @@ impl Shim for Service {
                 Stream::Stdout => ExecSyncOutput { stdout: chunk.data, ..Default::default() },
                 Stream::Stderr => ExecSyncOutput { stderr: chunk.data, ..Default::default() },
             };
-            async move { out.send(&message).await.is_ok() }
+            async move {
+                self.taken().await;
+                out.send(&message).await.is_ok()
+            }
         };
         let status = container.exec_sync(exec, output, gone).await?;
         let exit =

@@ -279,7 +279,7 @@ impl Node {
     fn mounts(&self) -> Vec<String> {
         let all = fs::read_to_string("/proc/self/mountinfo").unwrap();
         let ours = self._dir.path().to_str().unwrap().to_owned();
-        let prepared = [format!(" {ours}/root "), format!(" {ours}/state ")];
+        let prepared = ["root", "state", "logs"].map(|name| format!(" {ours}/{name} "));
         let ours = all.lines().filter(|line| line.contains(&ours));
         ours.filter(|line| !prepared.iter().any(|mount| line.contains(mount))).map(str::to_owned).collect()
     }
@@ -306,7 +306,7 @@ impl Drop for Node {
         let _ = self.shim.kill();
         let _ = self.shim.wait();
         self.cleanup(&["--remove"]);
-        for name in ["root", "state"] {
+        for name in ["root", "state", "logs"] {
             let _ = Command::new("umount").arg("-l").arg(self._dir.path().join(name)).output();
         }
     }

@@ -46,6 +46,8 @@ const TAIL_DEADLINE: Duration = Duration::from_secs(300);
 const MESSAGE_BYTES_MAX: usize = 1024;
 /// Bound on the daemon's own data about a container.
 pub(crate) const METADATA_BYTES_MAX: usize = 1 << 20;
+/// Bound on the limits of a container, which are part of every state that is published.
+const RESOURCES_BYTES_MAX: usize = 64 << 10;
 /// Bound on an OCI configuration.
 const CONFIG_BYTES_MAX: usize = 3 << 20;
 
@@ -319,7 +321,7 @@ impl Container {
 
     /// Changes the limits.
     pub(crate) async fn update(&self, resources: &[u8]) -> Result<()> {
-        if resources.len() > METADATA_BYTES_MAX {
+        if resources.len() > RESOURCES_BYTES_MAX {
             return Err(Error::invalid("the limits are too large"));
         }
         serde_json::from_slice::<serde::de::IgnoredAny>(resources)

@@ -272,3 +272,213 @@ async fn a_second_shim_touches_nothing_of_a_pod_that_is_there() {
     assert_eq!(read_pod(&node.paths).unwrap(), before);
     assert!(node.paths.namespaces().join("net").exists());
 }
+
+/// A peer that asks for the states of the pod and reads none of them.
+fn stalled_watch(node: &Node) -> std::os::unix::net::UnixStream {
+    use std::io::Write as _;
+    let field = |tag: u8, text: &str| {
+        let mut bytes = vec![tag, u8::try_from(text.len()).unwrap()];
+        bytes.extend(text.as_bytes());
+        bytes
+    };
+    let request = [field(0x0a, "ocid.shim.v1.Shim"), field(0x12, "Watch")].concat();
+    let mut stream = std::os::unix::net::UnixStream::connect(node.paths.socket()).unwrap();
+    stream.write_all(&u32::try_from(request.len()).unwrap().to_be_bytes()).unwrap();
+    stream.write_all(&[0, 0, 0, 1, 1, 0]).unwrap(); // stream 1, a request, no flags
+    stream.write_all(&request).unwrap();
+    stream
+}
+
+/// Memory of the shim that is its own, in KiB.
+fn private_kib(node: &Node) -> u64 {
+    let rollup = fs::read_to_string(format!("/proc/{}/smaps_rollup", node.shim.id())).unwrap();
+    let of = |line: &str| line.split_ascii_whitespace().nth(1).and_then(|kib| kib.parse::<u64>().ok());
+    rollup.lines().filter(|line| line.starts_with("Private_")).filter_map(of).sum()
+}
+
+fn fds(node: &Node) -> usize {
+    fs::read_dir(format!("/proc/{}/fd", node.shim.id())).unwrap().count()
+}
+
+#[tokio::test]
+async fn a_watcher_that_does_not_read_costs_no_memory_and_stops_nobody() {
+    if !able() {
+        return;
+    }
+    let node = Node::new().await;
+    node.ready(|_| {}).await;
+    let id = node.run(&["sleep", "1000"]).await;
+    let mut resources = json!({ "memory": { "limit": 64 << 20 } }).to_string().into_bytes();
+    resources.resize(60 << 10, b' ');
+    let update = UpdateContainerRequest { container: id.to_string(), resources, ..Default::default() };
+    node.client.update_container(ctx(), &update).await.unwrap();
+    let before = private_kib(&node);
+    let stalled: Vec<_> = (0..3).map(|_| stalled_watch(&node)).collect();
+    for _ in 0..40 {
+        node.client.update_container(ctx(), &update).await.unwrap();
+    }
+    let grown = private_kib(&node).saturating_sub(before);
+    assert!(grown < 2 << 10, "{grown} KiB");
+    let too_large = UpdateContainerRequest { resources: vec![b' '; (64 << 10) + 1], ..update };
+    let refused = node.client.update_container(ctx(), &too_large).await.unwrap_err();
+    assert_eq!(code(&refused).0, ttrpc::Code::INVALID_ARGUMENT);
+    // It may even go on reading, and finds the state of now.
+    node.stop(&id, 0).await.unwrap();
+    drop(stalled);
+}
+
+#[tokio::test]
+async fn many_execs_leave_no_descriptor_no_zombie_and_no_memory() {
+    if !able() {
+        return;
+    }
+    let rounds = std::env::var("OCID_EXECS").ok().and_then(|n| n.parse().ok()).unwrap_or(40);
+    let node = Node::new().await;
+    node.ready(|_| {}).await;
+    let id = node.run(&["sleep", "1000"]).await;
+    for _ in 0..5 {
+        node.exec(&id, &["true"], 0).await.unwrap();
+    }
+    let before = (fds(&node), private_kib(&node));
+    for round in 0..rounds {
+        match round % 4 {
+            0 => assert_eq!(
+                node.exec(&id, &["sh", "-c", "yes | head -c 300000"], 0).await.unwrap().1.len(),
+                300_000
+            ),
+            1 => drop(node.exec(&id, &["no-such-program"], 0).await.unwrap_err()),
+            2 => drop(node.exec(&id, &["yes"], 200).await.unwrap_err()),
+            _ => assert_eq!(node.exec(&id, &["sh", "-c", "sleep 0.1 & exit 4"], 0).await.unwrap().0, 4),
+        }
+    }
+    tokio::time::sleep(Duration::from_millis(2500)).await; // orphans are collected, buffers given back
+    let children = format!("/proc/{0}/task/{0}/children", node.shim.id());
+    assert_eq!(
+        fs::read_to_string(children).unwrap().split_ascii_whitespace().count(),
+        1,
+        "the container's init"
+    );
+    let after = (fds(&node), private_kib(&node));
+    assert_eq!(after.0, before.0, "descriptors");
+    assert!(after.1 < before.1 + 512, "{before:?} {after:?} KiB");
+    let left: Vec<_> = fs::read_dir(node.paths.run_dir()).unwrap().flatten().map(|e| e.file_name()).collect();
+    assert!(!left.iter().any(|name| name.to_string_lossy().starts_with("runtime-")), "{left:?}");
+}
+
+#[tokio::test]
+async fn an_idle_shim_sleeps() {
+    if !able() {
+        return;
+    }
+    let node = Node::new().await;
+    node.ready(|_| {}).await;
+    node.run(&["sh", "-c", "echo hello; exec sleep 1000"]).await;
+    let _watch = stalled_watch(&node);
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    let wakeups = || {
+        let status = fs::read_to_string(format!("/proc/{}/status", node.shim.id())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:")).unwrap();
+        line.trim().parse::<u64>().unwrap()
+    };
+    let before = wakeups();
+    tokio::time::sleep(Duration::from_secs(8)).await;
+    let woken = wakeups() - before;
+    assert!(woken <= 4, "woken {woken} times in 8 s");
+}
+
+#[tokio::test]
+async fn a_peer_that_is_not_root_is_refused() {
+    use std::os::unix::net::UnixStream;
+    if !able() {
+        return;
+    }
+    let node = Node::new().await;
+    node.ready(|_| {}).await;
+    let socket = node.paths.socket();
+    assert_eq!(fs::metadata(&socket).unwrap().permissions().mode() & 0o777, 0o600);
+    assert_eq!(fs::metadata(node.paths.run_dir()).unwrap().permissions().mode() & 0o777, 0o700);
+    assert_eq!(fs::metadata(node.paths.record_dir()).unwrap().permissions().mode() & 0o777, 0o700);
+    // Were the modes not what they are.
+    for dir in socket.ancestors().take_while(|dir| *dir != Path::new("/tmp")) {
+        fs::set_permissions(dir, fs::Permissions::from_mode(0o777)).unwrap();
+    }
+    let refused = tokio::task::spawn_blocking(move || {
+        std::thread::spawn(move || {
+            let nobody = rustix::thread::Uid::from_raw(65534);
+            rustix::thread::set_thread_res_uid(nobody, nobody, nobody).unwrap(); // of this thread
+            let mut stream = UnixStream::connect(&socket).unwrap();
+            stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+            stream.read(&mut [0; 64])
+        })
+        .join()
+        .unwrap()
+    });
+    assert!(matches!(refused.await.unwrap(), Ok(0)), "the connection is closed at once");
+    let log = fs::read_to_string(node.paths.log()).unwrap();
+    assert!(log.contains("not root"), "{log}");
+}
+
+#[tokio::test]
+async fn a_full_log_disk_stops_nobody_and_leaves_whole_records() {
+    if !able() {
+        return;
+    }
+    let node = Node::prepared(|dir| {
+        let logs = dir.join("logs");
+        fs::create_dir(&logs).unwrap();
+        let mount = Command::new("mount").args(["-t", "tmpfs", "-o", "size=1m", "tmpfs"]).arg(&logs).status();
+        assert!(mount.unwrap().success());
+        fs::write(logs.join("filler"), vec![1; 500_000]).unwrap();
+    })
+    .await;
+    node.ready(|_| {}).await;
+    let script =
+        "yes 0123456789 | head -n 50000; while ! cat /go 2>/dev/null; do sleep 0.02; done; echo after";
+    let id = node.run(&["sh", "-c", script]).await;
+    tokio::time::sleep(Duration::from_millis(700)).await;
+    fs::remove_file(node.logs.join("filler")).unwrap();
+    node.exec(&id, &["sh", "-c", "echo go > /go"], 0).await.unwrap();
+    assert_eq!(node.exited(&id).await.exit.code, 0);
+    let log = node.log(&id);
+    let whole = |line: &str| {
+        let text = line.split_once(" stdout F ").map(|(_, text)| text);
+        matches!(text, Some("0123456789" | "go" | "after")) || line.contains("lines dropped: No space left")
+    };
+    let torn: Vec<_> = log.lines().filter(|line| !whole(line)).collect();
+    assert_eq!(torn, Vec::<&str>::new());
+    assert!(
+        log.contains("lines dropped") && log.ends_with(" stdout F after\n"),
+        "{}",
+        &log[log.len() - 300..]
+    );
+}
+
+#[tokio::test]
+async fn no_line_is_lost_or_moved_by_reopening_the_log() {
+    if !able() {
+        return;
+    }
+    let node = Node::new().await;
+    node.ready(|_| {}).await;
+    let id = node
+        .run(&["sh", "-c", "i=0; while [ $i -lt 30000 ]; do echo $i; i=$((i+1)); done; printf end"])
+        .await;
+    let log = node.logs.join(format!("{id}.log"));
+    let mut rotated = Vec::new();
+    while read_container(&node.paths, &id).unwrap().unwrap().exit.is_none() && rotated.len() < 200 {
+        let name = node.logs.join(format!("rotated-{}", rotated.len()));
+        fs::rename(&log, &name).unwrap();
+        let request = ReopenLogRequest { container: id.to_string(), ..Default::default() };
+        if node.client.reopen_log(ctx(), &request).await.is_ok() {
+            assert!(log.exists());
+        }
+        rotated.push(name);
+    }
+    node.exited(&id).await;
+    rotated.push(log);
+    let all: String = rotated.iter().map(|path| fs::read_to_string(path).unwrap_or_default()).collect();
+    let lines: Vec<_> = all.lines().map(|line| line.split_once(" stdout F ").unwrap().1).collect();
+    assert_eq!(lines.len(), 30_001);
+    assert!(lines[..30_000].iter().enumerate().all(|(i, line)| *line == i.to_string()));
+    assert_eq!(lines[30_000], "end");
+}
