@@ -168,7 +168,8 @@ impl Container {
         let console = match spec.tty {
             false => None,
             true => {
-                let name = format!("console-{}", &self.id()[..16]);
+                // Short, for a socket's path has 107 bytes and the pod's directory has most of them.
+                let name = format!("tty-{}", &self.id()[..8]);
                 let socket = ConsoleSocket::listen(&self.run_dir.join(name));
                 Some(socket.context(|| "listen for the terminal".to_owned())?)
             }
