@@ -3,14 +3,15 @@
 //! A subreaper gets children it has never heard of. Each that exits keeps its pid, and its place in the container's pids
 //! limit, until somebody waits for it.
 //!
-//! An exit cannot be stolen: a pid is reaped only if it is in no `Claim` and no [`Hold`] exists. Whoever makes a
-//! process through the runtime takes a hold before it starts the runtime and keeps it until the pid is claimed, so there
-//! is no moment at which a process that somebody will want is neither held nor claimed.
+//! An exit cannot be stolen: a pid is reaped only if it is in no `Claim` and was there before every [`Hold`] that
+//! exists. Whoever makes a process through the runtime takes a hold before it starts the runtime and keeps it until the
+//! pid is claimed, so there is no moment at which a process that somebody will want is neither held nor claimed. And
+//! execs without a pause, whose holds overlap, keep nothing from being collected.
 //!
 //! Never polls fast: it looks after an exit that was seen, and otherwise at a pace that slows down to once a minute as
 //! long as it finds nothing.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicI32, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -24,34 +25,53 @@ const DELAY: Duration = Duration::from_secs(1);
 /// How often to look when nothing is ever found.
 const PERIOD_MAX: Duration = Duration::from_secs(60);
 
-static REGISTRY: Mutex<Registry> = Mutex::new(Registry { claimed: BTreeSet::new(), holds: 0 });
+static REGISTRY: Mutex<Registry> = Mutex::new(Registry {
+    claimed: BTreeSet::new(),
+    holds: BTreeSet::new(),
+    begun: 0,
+    seen: BTreeMap::new(),
+});
 static HINT: Notify = Notify::const_new();
 
 struct Registry {
     /// Children that a `Process` will wait for.
     claimed: BTreeSet<i32>,
-    /// Work in flight that makes children which are not claimed yet.
-    holds: usize,
+    /// Work in flight that makes children which are not claimed yet, by number.
+    holds: BTreeSet<u64>,
+    /// How many holds have begun: the number of the last one.
+    begun: u64,
+    /// Children that nobody has claimed, and how many holds had begun when they were first seen.
+    seen: BTreeMap<i32, u64>,
+}
+
+impl Registry {
+    fn claim(&mut self, pid: i32) -> bool {
+        self.seen.remove(&pid); // who has this pid after its release is somebody else
+        self.claimed.insert(pid)
+    }
 }
 
 fn registry() -> MutexGuard<'static, Registry> {
     REGISTRY.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// As long as one exists, nothing is collected.
+/// As long as it exists, nothing is collected that may have been made since it began.
 #[derive(Debug)]
 #[must_use = "dropping it lets unclaimed children be collected"]
-pub struct Hold(());
+pub struct Hold(u64);
 
 /// To be taken before the runtime is started, and kept until the process it makes has been adopted.
 pub fn hold() -> Hold {
-    registry().holds += 1;
-    Hold(())
+    let mut registry = registry();
+    registry.begun += 1;
+    let number = registry.begun;
+    registry.holds.insert(number);
+    Hold(number)
 }
 
 impl Drop for Hold {
     fn drop(&mut self) {
-        registry().holds -= 1;
+        registry().holds.remove(&self.0);
     }
 }
 
@@ -63,14 +83,14 @@ impl Claim {
     /// Claims a child just made by us, whose pid cannot be claimed by anybody.
     pub(super) fn new(pid: Pid) -> Claim {
         let pid = pid.as_raw_nonzero().get();
-        registry().claimed.insert(pid);
+        registry().claim(pid);
         Claim(AtomicI32::new(pid))
     }
 
     /// Claims a child that somebody else made.
     pub(super) fn try_new(pid: Pid) -> io::Result<Claim> {
         let pid = pid.as_raw_nonzero().get();
-        if !registry().claimed.insert(pid) {
+        if !registry().claim(pid) {
             return Err(io::Error::new(
                 io::ErrorKind::AlreadyExists,
                 format!("process {pid} has its waiter"),
@@ -111,22 +131,33 @@ pub async fn run() {
     }
 }
 
-/// Reaps every zombie child that nobody claims, and says how many.
+/// Reaps every zombie child that nobody claims or may be about to claim, and says how many.
 fn collect() -> usize {
-    let children = children();
     // Locked until the end, so that no claim and no hold begins between the question and the reaping.
-    let registry = registry();
-    if registry.holds > 0 {
-        HINT.notify_one(); // later
-        return 0;
+    let mut registry = registry();
+    let registry = &mut *registry;
+    let mut unclaimed = children();
+    unclaimed.retain(|pid| !registry.claimed.contains(pid));
+    registry.seen.retain(|pid, _| unclaimed.contains(pid));
+    let first_hold = registry.holds.first().copied().unwrap_or(u64::MAX);
+    let (mut collected, mut later) = (0, false);
+    for pid in unclaimed {
+        // A hold with a number above this began when the child was there already.
+        if *registry.seen.entry(pid).or_insert(registry.begun) >= first_hold {
+            later = true;
+            continue;
+        }
+        let reaped = Pid::from_raw(pid)
+            .map(|pid| waitid(WaitId::Pid(pid), WaitIdOptions::EXITED | WaitIdOptions::NOHANG));
+        if matches!(reaped, Some(Ok(Some(_)))) {
+            registry.seen.remove(&pid); // one that lives is passed over
+            collected += 1;
+        }
     }
-    let unclaimed =
-        children.into_iter().filter(|pid| !registry.claimed.contains(pid)).filter_map(Pid::from_raw);
-    let reap = |pid: &Pid| {
-        // A child that lives, or that exited and was taken since we listed it, is passed over.
-        matches!(waitid(WaitId::Pid(*pid), WaitIdOptions::EXITED | WaitIdOptions::NOHANG), Ok(Some(_)))
-    };
-    unclaimed.filter(reap).count()
+    if later {
+        HINT.notify_one();
+    }
+    collected
 }
 
 /// Our children, alive or not.
@@ -242,10 +273,15 @@ mod tests {
         assert_eq!(scanned, listed, "both ways of asking agree");
 
         let held = hold();
+        let overlapping = hold();
         assert_eq!(collect(), 0, "somebody may be about to adopt them");
         let wanted = Process::adopt(wanted).unwrap();
         drop(held);
-        assert_eq!(collect(), 1, "the orphan");
+        assert_eq!(collect(), 0, "this one began before they were seen, too");
+        let later = hold();
+        drop(overlapping);
+        assert_eq!(collect(), 1, "the orphan, which was there before the work that is under way");
+        drop(later);
         assert_eq!(collect(), 0);
         assert_eq!(wanted.wait().await.unwrap().code, 2);
         assert!(!fs::exists(format!("/proc/{orphan}")).unwrap());

@@ -643,3 +643,39 @@ async fn a_terminal_is_logged_until_its_container_exits() {
     let text: Vec<_> = log.lines().map(|line| line.split_once(" stdout F ").unwrap().1.trim_end()).collect();
     assert_eq!(text, ["one", "two", "end"]);
 }
+
+#[tokio::test]
+async fn an_exit_before_the_runtime_returns_is_not_lost() {
+    if !able() {
+        return;
+    }
+    let node = Node::new().await;
+    // Longer than the collector of orphans waits; and an init that does not see the end of its create.
+    let after =
+        "for word; do case $last in --pid-file) file=$word;; esac; last=$word; verb=\"$verb $word\"; done
+        case $verb in *' exec '*) sleep 1.5;; *' create '*doomed*) kill -9 $(cat $file); sleep 1.5;; esac";
+    let after = after.replace("doomed", "dddddddd");
+    let runtime = slow_runtime(&node, "", &after);
+    node.ready(|request| request.runtime.as_mut().unwrap().binary = runtime).await;
+    let id = node.run(&["sleep", "1000"]).await;
+    let (a, b, c) = tokio::join!(
+        node.exec(&id, &["sh", "-c", "exit 9"], 0),
+        async {
+            tokio::time::sleep(Duration::from_millis(300)).await;
+            node.exec(&id, &["sh", "-c", "echo b; kill -9 $$"], 0).await
+        },
+        async {
+            tokio::time::sleep(Duration::from_millis(600)).await;
+            node.exec(&id, &["sh", "-c", "exit 11"], 0).await
+        },
+    );
+    assert_eq!((a.unwrap().0, b.unwrap().0, c.unwrap().0), (9, 137, 11));
+
+    let doomed: ContainerId = "d".repeat(64).parse().unwrap();
+    let request = node.request(&doomed, &["sleep", "1000"]);
+    node.client.create_container(ctx(), &request).await.unwrap();
+    let state = node.exited(&doomed).await;
+    assert_eq!((state.exit.code, state.exit.signal, state.started_at_ns), (137, 9, 0));
+    assert_eq!(code(&node.start(&doomed).await.unwrap_err()).0, ttrpc::Code::FAILED_PRECONDITION);
+    node.remove(&doomed).await;
+}
