@@ -13,7 +13,7 @@ use ocid_shim::{cleanup, pause, serve};
 
 const USAGE: &str = "usage: ocid-shim serve --pod ID --root DIR --state DIR [--cgroup PATH]
        ocid-shim cleanup --pod ID --root DIR --state DIR [--detached | --remove | --remove-container ID]
-       ocid-shim pause
+       ocid-shim pause PATH
        ocid-shim --version
 ";
 
@@ -41,7 +41,11 @@ fn run(mut args: impl Iterator<Item = OsString>) -> Result<()> {
             let (pod, dirs) = flags.pod()?;
             cleanup::run(&pod, &dirs, &flags.depth.unwrap_or(Depth::End))
         }
-        Some("pause") => pause::run(),
+        Some("pause") => {
+            let pinned =
+                args.next().ok_or_else(|| Error::invalid("pause needs the path of its namespace"))?;
+            pause::run(&directory("pause", pinned)?)
+        }
         Some("--version") => {
             let _ = writeln!(std::io::stdout(), "ocid-shim {}", env!("CARGO_PKG_VERSION"));
             Ok(())

@@ -6,14 +6,17 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use nix::sched::{CloneFlags, setns, unshare};
 use ocid_api::paths::PodPaths;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::mount::mount_bind;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
+use rustix::pipe::{PipeFlags, pipe_with};
 
 use crate::container::rootfs;
 use crate::error::{Context as _, Error, Result};
@@ -22,6 +25,9 @@ use crate::record;
 
 /// Exit code when the way back to the host's namespaces is lost.
 const EXIT_LOST: i32 = 70;
+
+/// How long the init of a pid namespace may take to begin.
+const READY_SECONDS: i64 = 10;
 
 /// Which namespaces to make and what holds in them.
 pub(super) struct Wanted<'a> {
@@ -201,13 +207,16 @@ fn make_pid(dir: &Path) -> Result<(PathBuf, Process)> {
     // Our own executable, though its file may have been replaced since.
     // It is told where the namespace will be pinned, so that `cleanup` knows whose it is.
     let target = dir.join("pid");
-    let spawned = Process::spawn(Command::new("/proc/self/exe").arg("pause").arg(&target));
+    let (ready, theirs) = pipe_with(PipeFlags::CLOEXEC).context(|| "make a pipe".to_owned())?;
+    let mut command = Command::new("/proc/self/exe");
+    command.arg("pause").arg(&target).stdin(Stdio::null()).stdout(theirs).stderr(Stdio::null());
+    let spawned = Process::spawn(&mut command);
     if let Err(e) = setns(&host, CloneFlags::CLONE_NEWPID) {
         lost(&format!("cannot go back to the host's pid namespace: {e}"));
     }
     let pause = spawned.context(|| "start the init of the pid namespace".to_owned())?;
     let source = format!("/proc/{}/ns/pid", pause.pid());
-    match pin(Path::new(&source), &target) {
+    match pin(Path::new(&source), &target).and_then(|path| is_ready(&ready).map(|()| path)) {
         Ok(path) => Ok((path, pause)),
         Err(e) => {
             let _ = pause.signal(libc::SIGKILL);
@@ -225,6 +234,16 @@ pub(crate) fn release(paths: &PodPaths) -> Result<()> {
         record::remove_file(&path).context(|| format!("remove {}", path.display()))?;
     }
     record::remove_dir(&dir).context(|| format!("remove {}", dir.display()))
+}
+
+/// Waits until the init has given up what is the host's: containers will see it.
+fn is_ready(pipe: &OwnedFd) -> Result<()> {
+    let timeout = Timespec { tv_sec: READY_SECONDS, tv_nsec: 0 };
+    let mut fds = [PollFd::new(pipe, PollFlags::IN)];
+    let seen = poll(&mut fds, Some(&timeout)).context(|| "wait for the init".to_owned())?;
+    // Nothing is read if nothing came, for that would wait.
+    let ready = seen == 1 && rustix::io::read(pipe, &mut [0; 1]) == Ok(1);
+    if ready { Ok(()) } else { Err(Error::internal("the init of the pid namespace did not begin")) }
 }
 
 /// Whether a command line is that of the init of this pod's pid namespace.

@@ -679,3 +679,44 @@ async fn an_exit_before_the_runtime_returns_is_not_lost() {
     assert_eq!(code(&node.start(&doomed).await.unwrap_err()).0, ttrpc::Code::FAILED_PRECONDITION);
     node.remove(&doomed).await;
 }
+
+#[tokio::test]
+async fn the_init_of_a_shared_pid_namespace_shows_nothing_of_the_host() {
+    if !able() {
+        return;
+    }
+    let node = Node::new().await;
+    node.ready(|request| request.shared_pid = true).await;
+    let id = ContainerId::generate();
+    let script = "echo root /proc/1/root/*; echo cwd /proc/1/cwd/*; cat /proc/1/status; exec sleep 1000";
+    let mut request = node.request(&id, &["sh", "-c", script]);
+    let mut config = node.config(&id, &["sh", "-c", script]);
+    config["linux"]["namespaces"][0]["path"] = json!(node.paths.namespaces().join("pid"));
+    // What a debugging container gets.
+    for set in ["bounding", "effective", "permitted"] {
+        config["process"]["capabilities"][set] =
+            json!(["CAP_SYS_PTRACE", "CAP_DAC_OVERRIDE", "CAP_DAC_READ_SEARCH", "CAP_SYS_CHROOT"]);
+    }
+    request.config = serde_json::to_vec(&config).unwrap();
+    node.client.create_container(ctx(), &request).await.unwrap();
+    node.start(&id).await.unwrap();
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while !node.log(&id).contains("nonvoluntary") && Instant::now() < deadline {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let log = node.log(&id);
+    assert!(log.contains("root /proc/1/root/*") && log.contains("cwd /proc/1/cwd/*"), "{log}");
+    assert!(log.contains("Name:\tocid-pause") && log.contains("CapPrm:\t0000000000000000"), "{log}");
+    let pause = fs::read_to_string(format!("/proc/{0}/task/{0}/children", node.shim.id())).unwrap();
+    let pause: Vec<u32> = pause.split_ascii_whitespace().map(|pid| pid.parse().unwrap()).collect();
+    let namespace = |pid: u32, name: &str| fs::read_link(format!("/proc/{pid}/ns/{name}")).unwrap();
+    let container = read_container(&node.paths, &id).unwrap().unwrap().pid;
+    let pause = pause.into_iter().find(|pid| *pid != container).unwrap();
+    for name in ["net", "ipc", "uts", "pid"] {
+        assert_eq!(namespace(pause, name), namespace(container, name), "{name}");
+    }
+    assert_ne!(namespace(pause, "mnt"), namespace(std::process::id(), "mnt"));
+    for fd in fs::read_dir(format!("/proc/{pause}/fd")).unwrap().flatten() {
+        assert_eq!(fs::read_link(fd.path()).unwrap(), Path::new("/dev/null"));
+    }
+}
