@@ -8,6 +8,7 @@
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
+use std::io::ErrorKind;
 use std::time::{Duration, Instant};
 
 use ocid_api::cgroup::Version;
@@ -63,8 +64,14 @@ pub fn run(id: &PodId, dirs: &Dirs, depth: &Depth) -> Result<()> {
 
 async fn cleanup(paths: &PodPaths, depth: &Depth) -> Result<()> {
     // Held while we work, so that no two of us meet and no shim begins. Its directory is gone after a stop or a reboot.
-    record::make_dir(paths.run_dir()).context(|| format!("make {}", paths.run_dir().display()))?;
-    let _lock = lock(paths).await?;
+    let _lock = match record::make_dir(paths.run_dir()) {
+        // No shim can begin without that directory either.
+        Err(e) if matches!(e.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded) => None,
+        made => {
+            made.context(|| format!("make {}", paths.run_dir().display()))?;
+            Some(lock(paths).await?)
+        }
+    };
     let state = match read_pod(paths) {
         Ok(state) => state,
         // A record that nobody can read hides nothing that removing it would lose.

@@ -207,8 +207,15 @@ impl Container {
         }
         if runtime_ran {
             self.runc.delete_by_force(&self.id()).await.unwrap_or_else(|e| log::say(&e.to_string()));
-            if let Some(cgroup) = self.cgroup() {
-                cgroup.kill(LEFTOVERS_DEADLINE).await;
+            let known = self.cgroup().map(|cgroup| vec![cgroup]);
+            for cgroup in known.unwrap_or_else(|| Cgroup::named_after(&self.id())) {
+                if !cgroup.kill(LEFTOVERS_DEADLINE).await {
+                    log::say(&format!(
+                        "container {}: processes of {} survive SIGKILL",
+                        self.id(),
+                        cgroup.path()
+                    ));
+                }
                 cgroup.remove();
             }
         }

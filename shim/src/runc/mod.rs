@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use crate::error::{Context as _, Error, Kind, Result};
-use crate::process::Process;
+use crate::process::{Process, tree};
 use crate::record;
 use crate::stdio::ChildEnds;
 
@@ -120,7 +120,11 @@ impl Runc {
     async fn call(&self, verb: &str, args: &[&std::ffi::OsStr], ends: Option<ChildEnds>) -> Result<()> {
         let log = self.scratch_file("log");
         let mut command = Command::new(&self.binary);
-        command.arg("--root").arg(&self.root).arg("--log").arg(&log.0).args(["--log-format", "json"]);
+        command.arg("--root").arg(&self.root);
+        // Where there is no room for a log, it says nothing: deleting must not need space.
+        if record::write_file(&log.0, b"", 0o600).is_ok() {
+            command.arg("--log").arg(&log.0).args(["--log-format", "json"]);
+        }
         if self.systemd_cgroup {
             command.arg("--systemd-cgroup");
         }
@@ -132,6 +136,9 @@ impl Runc {
         let process =
             Process::spawn(&mut command).context(|| format!("run {} {verb}", self.binary.display()))?;
         let Ok(status) = tokio::time::timeout(self.timeout, process.wait()).await else {
+            // With what it has begun: a half-made process would live on, known to nobody.
+            let _ = process.signal(libc::SIGSTOP);
+            tree::kill_descendants(process.pid(), Vec::new);
             let _ = process.signal(libc::SIGKILL);
             let _ = tokio::time::timeout(KILL_DEADLINE, process.wait()).await;
             let after = self.timeout.as_millis();

@@ -126,7 +126,7 @@ async fn a_shim_killed_at_any_moment_leaves_nothing_that_cleanup_does_not_remove
 /// A node whose records and run-time files are on filesystems of their own, which [`fill`] fills to the brim.
 async fn small_disks() -> Node {
     let mut node = Node::prepared(|dir| {
-        for (name, options) in [("root", "size=256k,mode=700"), ("state", "size=2m,mode=700")] {
+        for (name, options) in [("root", "size=256k,mode=700"), ("state", "size=2m,nr_inodes=60,mode=700")] {
             let path = dir.join(name);
             fs::create_dir(&path).unwrap();
             let mount =
@@ -145,9 +145,12 @@ fn fill(node: &Node) {
     for dir in [&node.dirs.root, &node.dirs.state] {
         let mut file = fs::File::create(dir.join("filler")).unwrap();
         while file.write(&[1; 4096]).is_ok_and(|written| written > 0) {}
-        // No file can be made either, where the filesystem counts them.
         assert!(fs::write(dir.join("more"), [1; 64]).is_err());
-        let _ = fs::remove_file(dir.join("more"));
+    }
+    // Here no file can be made either.
+    let mut names = 0..;
+    while fs::File::create(node.dirs.state.join(format!("filler-{}", names.next().unwrap()))).is_ok() {
+        assert!(fs::read_dir(&node.dirs.state).unwrap().count() < 1000);
     }
 }
 
@@ -719,4 +722,28 @@ async fn the_init_of_a_shared_pid_namespace_shows_nothing_of_the_host() {
     for fd in fs::read_dir(format!("/proc/{pause}/fd")).unwrap().flatten() {
         assert_eq!(fs::read_link(fd.path()).unwrap(), Path::new("/dev/null"));
     }
+}
+
+#[tokio::test]
+async fn a_runtime_that_hangs_is_ended_with_what_it_has_begun() {
+    if !able() {
+        return;
+    }
+    let node = Node::new().await;
+    let hang = "for word; do case $word in exec|update) sleep 7776 & sleep 7776;; esac; done";
+    let runtime = slow_runtime(&node, hang, "");
+    node.ready(|request| {
+        let runtime_of = request.runtime.as_mut().unwrap();
+        (runtime_of.binary, runtime_of.timeout_ms) = (runtime, 3000);
+    })
+    .await;
+    let id = node.run(&["sleep", "1000"]).await;
+    let error = node.exec(&id, &["true"], 0).await.unwrap_err();
+    assert_eq!(code(&error).0, ttrpc::Code::DEADLINE_EXCEEDED);
+    let left = fs::read_dir("/proc")
+        .unwrap()
+        .flatten()
+        .any(|entry| fs::read(entry.path().join("cmdline")).is_ok_and(|line| line == b"sleep\x007776\0"));
+    assert!(!left);
+    node.stop(&id, 0).await.unwrap();
 }
