@@ -6,7 +6,7 @@
 pub(crate) mod oom;
 
 use std::fs;
-use std::io;
+use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -17,6 +17,9 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 const DEPTH_MAX: usize = 16;
 /// Longest pause between two looks at who still lives.
 const PAUSE_MAX: Duration = Duration::from_millis(50);
+
+/// v1's file of threads.
+const TASKS: &str = "tasks";
 
 /// A cgroup below the root.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -123,7 +126,7 @@ impl Cgroup {
     }
 }
 
-/// Moves this process into a cgroup, in every hierarchy, making it where it is missing.
+/// Moves this process, which must have one thread only, into a cgroup, in every hierarchy, making it where it is missing.
 ///
 /// # Errors
 /// The first failure; the other hierarchies are entered all the same.
@@ -131,8 +134,14 @@ pub(crate) fn enter(path: &str) -> io::Result<()> {
     let version = Version::detect()?;
     let cgroup =
         Cgroup::new(version, path).ok_or_else(|| io::Error::other(format!("{path:?} is no cgroup")))?;
+    // A hybrid machine's v2 hierarchy controls nothing: it only has to be entered to leave a service manager's unit.
+    let of_us = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let in_no_unit = version == Version::V1 && of_process(Version::V2, &of_us) == Some("/");
     let mut result = Ok(());
     for hierarchy in version.hierarchies()? {
+        if in_no_unit && !hierarchy.join(TASKS).exists() {
+            continue;
+        }
         let entered = enter_in(&hierarchy, cgroup.path.trim_start_matches('/'));
         result = result.and(entered);
     }
@@ -151,7 +160,13 @@ fn enter_in(hierarchy: &Path, path: &str) -> io::Result<()> {
         }
         inherit_cpuset(&parent, &dir);
     }
-    fs::write(dir.join("cgroup.procs"), std::process::id().to_string()).map_err(with_path)
+    // A thread that moves itself waits for nobody; a process that is moved waits until every processor has passed
+    // through the scheduler, 10 to 50 ms on a busy machine. v2 knows processes only.
+    let join = |file: &str| fs::OpenOptions::new().write(true).open(dir.join(file))?.write_all(b"0");
+    match join(TASKS) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => join("cgroup.procs").map_err(with_path),
+        joined => joined.map_err(with_path),
+    }
 }
 
 /// A new cgroup of v1's cpuset has no CPU and no memory node, and nobody can enter it until it has.
