@@ -194,7 +194,9 @@ impl Pod {
         let thread = std::thread::Builder::new().name("flush".to_owned()).stack_size(64 << 10);
         // If no thread can be made, the channel closes and says so.
         let _ = thread.spawn(move || {
-            let _ = done.send(record::flush(&dir, &files));
+            if let Err(Err(e)) = done.send(record::flush(&dir, &files)) {
+                serve::log(&format!("write the record to disk: {e}")); // nobody waits for it
+            }
         });
         flushed
     }
@@ -229,12 +231,13 @@ impl Pod {
         if same {
             return Ok(());
         }
-        // On stable storage before anybody can see READY.
+        // What is needed to undo the network, the intent, is on stable storage by now; the result is brought there beside
+        // everything else. A power cut in between ends the pod as any other does, and it is removed by its intent.
         let mut state = self.board.state().clone();
         state.network = Some(network).into();
         state.phase = PodPhase::POD_READY.into();
         record::write_pod(&self.paths, &state).context(|| "write the pod's record".to_owned())?;
-        flushed(self.flush()).await?;
+        drop(self.flush());
         self.board.publish(|published| {
             published.network = state.network;
             published.phase = state.phase;
