@@ -3,6 +3,7 @@
 //! Never acts on the root of a hierarchy, whatever a record says, and never on a recycled pid: a process is looked at
 //! again through its pidfd's pid before it is signalled.
 
+mod hasten;
 pub(crate) mod oom;
 
 use std::fs;
@@ -10,6 +11,7 @@ use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+pub(crate) use hasten::hasten;
 use ocid_api::cgroup::{Version, of_process};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 

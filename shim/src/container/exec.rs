@@ -11,6 +11,7 @@ use std::time::Duration;
 use tokio::sync::{Semaphore, mpsc};
 
 use super::Container;
+use crate::cgroup;
 use crate::error::{Context as _, Error, Kind, Result};
 use crate::process::{Process, Status, orphans, tree};
 use crate::stdio::{Capture, ChildEnds, Chunk};
@@ -118,6 +119,7 @@ impl Container {
 
 /// Puts a process into the container.
 async fn spawn(container: Arc<Container>, process: Vec<u8>, ends: ChildEnds) -> Result<Process> {
+    cgroup::hasten();
     let _hold = orphans::hold(); // until it is ours
     let pid = container.runc.exec(&container.id(), &process, ends).await?;
     Process::adopt(pid).context(|| format!("adopt the exec, process {pid}"))

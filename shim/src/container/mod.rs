@@ -23,7 +23,7 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::board::Board;
-use crate::cgroup::{Cgroup, oom};
+use crate::cgroup::{self, Cgroup, oom};
 use crate::error::{Context as _, Error, Result, shorten};
 use crate::log;
 use crate::process::{Process, Status, orphans};
@@ -151,6 +151,7 @@ impl Container {
     }
 
     async fn bring_up(&self, new: &New, runtime_ran: &mut bool) -> Result<Arc<Process>> {
+        cgroup::hasten();
         // Record first: whoever finds it after a crash can undo all that follows.
         record::make_dir(self.paths.record_dir()).context(|| "make the container's record".to_owned())?;
         record::replace(&self.paths.metadata(), &new.metadata).context(|| "write metadata".to_owned())?;

@@ -195,7 +195,7 @@ impl Pod {
         // If no thread can be made, the channel closes and says so.
         let _ = thread.spawn(move || {
             if let Err(Err(e)) = done.send(record::flush(&dir, &files)) {
-                serve::log(&format!("write the record to disk: {e}")); // nobody waits for it
+                log::say(&format!("write the record to disk: {e}")); // nobody waits for it
             }
         });
         flushed
