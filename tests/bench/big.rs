@@ -104,7 +104,7 @@ fn pack(dir: &Path, path: impl Fn(usize) -> PathBuf) {
         let part = path(number).with_extension("part");
         let packed = GzEncoder::new(fs::File::create(&part).unwrap(), Compression::new(6));
         let mut archive = tar::Builder::new(packed);
-        while let Some(file) = from.next() {
+        for file in from.by_ref() {
             let mut content = Vec::new();
             if fs::File::open(&file).and_then(|mut f| f.read_to_end(&mut content)).is_err() {
                 continue;
