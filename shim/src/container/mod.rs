@@ -325,6 +325,12 @@ impl Container {
         if let Err(e) = rootfs::unmount_at(&self.paths.rootfs()) {
             log::say(&format!("container {}: {e}", self.id()));
         }
+        // Closes the log, unless a descendant still writes to it: the container may stay for long, its log need not.
+        let mut live = self.live();
+        if live.stdio.as_ref().is_some_and(|stdio| stdio.has_ended()) {
+            live.stdio = None;
+        }
+        drop(live);
         self.tail.send_replace(true);
     }
 

@@ -162,6 +162,11 @@ impl Stdio {
         lock(&self.shared.sink).log.as_mut().map_or(Ok(()), Log::reopen)
     }
 
+    /// Whether all output has ended: nobody can write any more.
+    pub fn has_ended(&self) -> bool {
+        *self.ended.borrow()
+    }
+
     /// To be called after the exit. Returns when all that has been written until now is in the log, the unfinished line
     /// included. Output of descendants that live on is read on in the background and delays nobody.
     ///

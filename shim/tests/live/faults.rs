@@ -747,3 +747,26 @@ async fn a_runtime_that_hangs_is_ended_with_what_it_has_begun() {
     assert!(!left);
     node.stop(&id, 0).await.unwrap();
 }
+
+#[tokio::test]
+async fn a_container_that_has_exited_holds_no_descriptor() {
+    if !able() {
+        return;
+    }
+    let node = Node::new().await;
+    node.ready(|_| {}).await;
+    let before = fds(&node);
+    for _ in 0..3 {
+        let id = ContainerId::generate();
+        let mut request = node.request(&id, &["echo", "x"]);
+        request.stdio.as_mut().unwrap().stdin = true;
+        node.client.create_container(ctx(), &request).await.unwrap();
+        node.start(&id).await.unwrap();
+        node.exited(&id).await;
+    }
+    let deadline = Instant::now() + Duration::from_secs(5);
+    while fds(&node) > before && Instant::now() < deadline {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    assert_eq!(fds(&node), before);
+}
