@@ -29,6 +29,8 @@ use crate::{lock, log, runc};
 
 /// How long the killed have to die.
 const KILL_DEADLINE: Duration = Duration::from_secs(10);
+/// How long the dying may keep a cgroup from being removed.
+const REMOVE_DEADLINE: Duration = Duration::from_secs(1);
 /// How long the lock may be held by what a dying shim has started.
 const LOCK_DEADLINE: Duration = Duration::from_millis(500);
 /// Between two looks at who still lives.
@@ -136,6 +138,11 @@ impl Cleaner<'_> {
             for id in &ids {
                 erase(&self.paths.container(id))?;
             }
+        }
+        if self.alive
+            && let Some(cgroup) = Version::detect().ok().and_then(|v| Cgroup::new(v, &self.state.cgroup))
+        {
+            cgroup.remove_within(REMOVE_DEADLINE).await;
         }
         self.release()?;
         match depth {
@@ -255,7 +262,7 @@ impl Cleaner<'_> {
             if !cgroup.processes().is_empty() {
                 return Err(Error::deadline(format!("processes of container {id} survive SIGKILL")));
             }
-            cgroup.remove();
+            cgroup.remove_within(REMOVE_DEADLINE).await;
         }
         Ok(())
     }

@@ -106,6 +106,20 @@ impl Cgroup {
         }
     }
 
+    /// Removes it as [`Cgroup::remove`] does, and waits for the dying that are still in it in some hierarchy.
+    pub(crate) async fn remove_within(&self, within: Duration) {
+        let deadline = Instant::now() + within;
+        let path = self.path.trim_start_matches('/');
+        loop {
+            self.remove();
+            let mut left = self.version.hierarchies().unwrap_or_default().into_iter();
+            if !left.any(|hierarchy| hierarchy.join(path).exists()) || Instant::now() >= deadline {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    }
+
     /// Its processes and those of cgroups below it, zombies excepted.
     pub(crate) fn processes(&self) -> Vec<i32> {
         let mut pids = Vec::new();
