@@ -640,9 +640,13 @@ async fn all_listed(client: &Client, pods: usize) -> bool {
     ready == pods && running == pods
 }
 
+/// Removes a pod, more than once if need be: a containerd that was killed refuses the first stop now and then.
 async fn remove_pod(client: &Client, pod: &str) {
-    client.stop_pod(pod).await.unwrap();
-    client.remove_pod(pod).await.unwrap();
+    harness::eventually(Duration::from_secs(60), "the pod is removed", async || {
+        client.stop_pod(pod).await.map_err(|e| e.to_string())?;
+        client.remove_pod(pod).await.map_err(|e| e.to_string())
+    })
+    .await;
 }
 
 /// Waits until the daemon has imported the image that the harness laid down for it.

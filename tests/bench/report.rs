@@ -75,7 +75,9 @@ impl Report {
         self.head.push(text);
     }
 
+    /// Adds a line to the table, and shows it at once: a later failure must not take minutes of measuring with it.
     pub(crate) fn row(&mut self, row: Row) {
+        crate::progress(&format!("{}: {} | {} | {}", row.what, row.ocid, row.containerd, row.bare));
         self.rows.push(row);
     }
 }
