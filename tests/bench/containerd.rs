@@ -2,10 +2,13 @@
 //! registry and cgroup.
 //!
 //! Nothing is installed and nothing of the machine's own containerd is touched, except that the shims of this version
-//! keep their sockets in /run/containerd/s and remove them themselves.
+//! keep their sockets in /run/containerd/s, whatever the configuration. Those of a containerd that was killed stay
+//! behind, so the ones that came with us are removed at the end.
 
+use std::collections::BTreeSet;
+use std::ffi::OsString;
 use std::fs::{self, OpenOptions};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -17,6 +20,9 @@ use nix::sys::signal::Signal;
 /// The name of its pause image.
 pub(crate) const PAUSE: &str = "registry.test/pause:1";
 
+/// Where its shims keep their sockets.
+const SOCKETS: &str = "/run/containerd/s";
+
 const DEADLINE: Duration = Duration::from_secs(30);
 
 /// See the module. Killed when dropped.
@@ -26,6 +32,8 @@ pub(crate) struct Containerd {
     dir: PathBuf,
     child: Option<Child>,
     client: Client,
+    /// The sockets that were there before it.
+    others: BTreeSet<OsString>,
 }
 
 impl Containerd {
@@ -68,7 +76,9 @@ runtime_type = "io.containerd.runc.v2"
 
 [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc.options]
 SystemdCgroup = false
+Root = {runc:?}
 "#,
+            runc = dir.join("runc"),
             root = dir.join("root"),
             state = dir.join("state"),
             socket = dir.join("s"),
@@ -78,7 +88,7 @@ SystemdCgroup = false
         );
         fs::write(dir.join("config.toml"), config).unwrap();
         let client = Client::new(&dir.join("s"));
-        Containerd { bin, dir, child: None, client }
+        Containerd { bin, dir, child: None, client, others: sockets() }
     }
 
     pub(crate) fn client(&self) -> &Client {
@@ -165,5 +175,15 @@ SystemdCgroup = false
 impl Drop for Containerd {
     fn drop(&mut self) {
         self.kill();
+        let served = fs::read_to_string("/proc/net/unix").unwrap_or_default();
+        for name in sockets().difference(&self.others) {
+            if !name.to_str().is_some_and(|name| served.contains(name)) {
+                let _ = fs::remove_file(Path::new(SOCKETS).join(name));
+            }
+        }
     }
+}
+
+fn sockets() -> BTreeSet<OsString> {
+    fs::read_dir(SOCKETS).into_iter().flatten().flatten().map(|entry| entry.file_name()).collect()
 }
