@@ -755,7 +755,7 @@ async fn a_container_that_has_exited_holds_no_descriptor() {
     }
     let node = Node::new().await;
     node.ready(|_| {}).await;
-    let before = fds(&node);
+    let before = fds(&node); // perhaps with a file that is being flushed
     for _ in 0..3 {
         let id = ContainerId::generate();
         let mut request = node.request(&id, &["echo", "x"]);
@@ -768,5 +768,6 @@ async fn a_container_that_has_exited_holds_no_descriptor() {
     while fds(&node) > before && Instant::now() < deadline {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
-    assert_eq!(fds(&node), before);
+    let after = fds(&node);
+    assert!(after <= before, "{after} descriptors, {before} before");
 }
