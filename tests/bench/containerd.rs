@@ -80,7 +80,7 @@ Root = {runc:?}
 "#,
             runc = dir.join("runc"),
             root = dir.join("root"),
-            state = dir.join("state"),
+            state = node.dirs().state.with_file_name("containerd"),
             socket = dir.join("s"),
             opt = dir.join("opt"),
             conf = node.network.conf_dir,

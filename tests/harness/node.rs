@@ -70,6 +70,8 @@ pub struct Node {
     dirs: Dirs,
     zombies: BTreeSet<u32>,
     keep: Mutex<bool>,
+    /// Where the state is, if that is somewhere else.
+    _state_dir: Option<TempDir>,
     dir: TempDir,
 }
 
@@ -108,9 +110,13 @@ impl Node {
     pub fn new(setup: &Setup) -> Node {
         let hex = PodId::generate().as_str()[..8].to_owned();
         let base = std::env::var_os("OCID_TEST_TMP").map_or_else(std::env::temp_dir, PathBuf::from);
-        let dir =
-            tempfile::Builder::new().prefix(&format!("oc-{hex}")).rand_bytes(0).tempdir_in(base).unwrap();
+        let directory = |base: PathBuf| {
+            tempfile::Builder::new().prefix(&format!("oc-{hex}")).rand_bytes(0).tempdir_in(base).unwrap()
+        };
+        let dir = directory(base);
         let path = dir.path();
+        // On a real node this is on /run: on a tmpfs.
+        let state_dir = std::env::var_os("OCID_TEST_STATE").map(|base| directory(base.into()));
         // A shim's socket stands below the pod's id, and the kernel takes 107 bytes.
         assert!(
             path.as_os_str().len() <= 24,
@@ -123,7 +129,8 @@ impl Node {
         }
         let plugins = setup.plugins.then(|| Plugins::wrap(&path.join("cni")));
         let registry = setup.registry.then(|| Registry::start(&path.join("registry")));
-        let dirs = Dirs { root: path.join("root"), state: path.join("run") };
+        let state = state_dir.as_ref().map_or(path, TempDir::path).join("run");
+        let dirs = Dirs { root: path.join("root"), state };
         let client = Client::new(&dirs.state.join("ocid.sock"));
         let node = Node {
             registry,
@@ -135,6 +142,7 @@ impl Node {
             dirs,
             zombies: leak::zombies(),
             keep: Mutex::new(false),
+            _state_dir: state_dir,
             dir,
         };
         node.write_files(setup);
