@@ -626,20 +626,6 @@ impl ImageConfig {
     }
 }
 
-/// The names of the stacks of unpacked layers: the first is the lowest layer alone, the last the whole image.
-#[must_use]
-pub fn chain_ids(diff_ids: &[Digest]) -> Vec<Digest> {
-    let mut chain: Vec<Digest> = Vec::with_capacity(diff_ids.len());
-    for diff_id in diff_ids {
-        let id = match chain.last() {
-            None => diff_id.clone(),
-            Some(below) => Digest::sha256(format!("{below} {diff_id}").as_bytes()),
-        };
-        chain.push(id);
-    }
-    chain
-}
-
 /// Reads a JSON object. A list of the same values is not one, though serde would take it for one.
 fn object<'de, T: Deserialize<'de>>(bytes: &'de [u8], what: &str) -> Result<T> {
     if bytes.trim_ascii_start().first() != Some(&b'{') {
@@ -927,15 +913,6 @@ mod tests {
         assert!(config.check_platform(&amd64).is_ok(), "an image that does not say is let through");
         (config.os, config.architecture) = ("linux".into(), "arm64".into());
         assert_eq!(config.check_platform(&amd64).unwrap_err().kind(), Kind::NotFound);
-    }
-
-    #[test]
-    fn chain_ids_are_those_of_the_specification() {
-        assert_eq!(chain_ids(&[]), []);
-        let (a, b, c) = (digest(1), digest(2), digest(3));
-        let ab = Digest::sha256(format!("{a} {b}").as_bytes());
-        let abc = Digest::sha256(format!("{ab} {c}").as_bytes());
-        assert_eq!(chain_ids(&[a.clone(), b, c]), [a, ab, abc]);
     }
 
     proptest! {

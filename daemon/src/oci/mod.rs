@@ -21,7 +21,7 @@ use crate::host::{DeviceNode, Host, RuntimeFeatures};
 use crate::spec::{ContainerSpec, PodSpec, Profile};
 
 pub use process::{exec_process, stop_signal};
-pub use resources::{CgroupDriver, CgroupPath, cgroup_path, linux_resources, pod_cgroup};
+pub use resources::{CgroupDriver, CgroupPath, cgroup_path, linux_resources};
 pub use seccomp::PROFILE_BYTES_MAX as SECCOMP_PROFILE_BYTES_MAX;
 pub use user::User;
 

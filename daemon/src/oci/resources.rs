@@ -186,12 +186,6 @@ pub fn cgroup_path(driver: CgroupDriver, parent: &str, pod: &PodId, container: &
     }
 }
 
-/// The cgroup that is made for a pod for which nobody else made one, to be removed with it.
-pub fn pod_cgroup(driver: CgroupDriver, parent: &str, pod: &PodId) -> Option<String> {
-    (driver == CgroupDriver::Cgroupfs && parent_directory(parent).is_none())
-        .then(|| format!("/{PREFIX}/{}", pod.as_str()))
-}
-
 /// `/kubepods/burstable/pod1`, or the directory of `kubepods-burstable-pod1.slice`. `None` if nothing was said.
 fn parent_directory(parent: &str) -> Option<String> {
     let parts: Vec<&str> = parent.split('/').filter(|part| !part.is_empty()).collect();
@@ -262,11 +256,8 @@ mod tests {
     #[test]
     fn a_pod_without_a_parent_has_a_cgroup_of_ours() {
         let (pod, container) = ids();
-        let own = pod_cgroup(CgroupDriver::Cgroupfs, "", &pod).unwrap();
         let path = cgroup_path(CgroupDriver::Cgroupfs, "/", &pod, &container).path;
-        assert_eq!(path, format!("{own}/{}", container.as_str()));
-        assert_eq!(pod_cgroup(CgroupDriver::Cgroupfs, "/x", &pod), None);
-        assert_eq!(pod_cgroup(CgroupDriver::Systemd, "", &pod), None);
+        assert_eq!(path, format!("/ocid/{}/{}", pod.as_str(), container.as_str()));
         let path = cgroup_path(CgroupDriver::Systemd, "", &pod, &container);
         assert_eq!(path.path, format!("/system.slice/ocid-{}.scope", container.as_str()));
     }

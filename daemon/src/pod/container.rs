@@ -18,7 +18,7 @@ use crate::image::Image;
 use crate::oci::{self, ImageDefaults};
 use crate::rooted::Rooted;
 use crate::shim::ContainerPhase;
-use crate::spec::{self, ContainerSpec, Profile, Scope, Signal};
+use crate::spec::{self, ContainerSpec, Profile, Scope};
 
 /// How long it may take to look at the paths that a container names.
 const CONFIGURE_DEADLINE: Duration = Duration::from_secs(30);
@@ -169,17 +169,18 @@ impl Pods {
         let paths = self.launcher.dirs().pod(pod.id());
         let file = |name: &str| Some(paths.files().join(name));
         let host_ipc = pod.spec().namespaces.ipc == Scope::Node;
+        let defaults = ImageDefaults {
+            entrypoint: config.entrypoint,
+            cmd: config.cmd,
+            env: config.env,
+            working_dir: config.working_dir,
+            user: config.user,
+            stop_signal: config.stop_signal,
+        };
         let runtime_spec = oci::runtime_spec(&oci::Input {
             pod: pod.spec(),
             container: &spec,
-            image: &ImageDefaults {
-                entrypoint: config.entrypoint,
-                cmd: config.cmd,
-                env: config.env,
-                working_dir: config.working_dir,
-                user: config.user,
-                stop_signal: config.stop_signal.clone(),
-            },
+            image: &defaults,
             user: &user,
             namespaces: &self.namespaces(pod, &spec)?,
             files: &oci::PodFiles {
@@ -197,7 +198,7 @@ impl Pods {
             policy: &self.policy,
         })?;
         let process = runtime_spec.process().clone().unwrap_or_default();
-        let stop_signal = spec.stop_signal.or(Signal::parse(&config.stop_signal)).unwrap_or(Signal::TERM);
+        let stop_signal = oci::stop_signal(&spec, &defaults);
         let config = encode(&runtime_spec)?;
         let metadata = ContainerMetadata {
             spec,

@@ -14,15 +14,12 @@
 //! local users reach neither an image's setuid files nor a pod's data; only what becomes a root directory inside a
 //! container has the mode that the image gave it.
 
-use std::collections::HashMap;
 use std::fs::{self as stdfs, DirBuilder, Permissions};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
-use std::sync::{Mutex, PoisonError};
-use std::time::SystemTime;
 
 use ocid_api::id::ContainerId;
 use rustix::fs::{self, CWD, Mode, OFlags};
@@ -45,8 +42,6 @@ const UNSYNCED: &str = "unsynced";
 #[derive(Debug)]
 pub struct Overlay {
     dir: PathBuf,
-    /// What was measured last of each container.
-    measured: Mutex<HashMap<ContainerId, (SystemTime, Usage)>>,
 }
 
 impl Overlay {
@@ -58,7 +53,7 @@ impl Overlay {
         // Absolute, because the paths go to the shim; and the kernel's options know no relative ones.
         let dir =
             std::path::absolute(dir).context(Kind::Internal, || format!("resolve {}", dir.display()))?;
-        let overlay = Overlay { dir, measured: Mutex::default() };
+        let overlay = Overlay { dir };
         for dir in [&overlay.dir, &overlay.layers_dir(), &overlay.containers_dir(), &overlay.tmp_dir()] {
             private_dir(dir, true)?;
         }
@@ -215,7 +210,6 @@ impl Overlay {
     /// # Errors
     /// If it cannot be removed, which includes that something is still mounted in it.
     pub fn remove(&self, container: &ContainerId) -> Result<()> {
-        self.measured().remove(container);
         self.condemn(&self.containers_dir().join(container.as_str()))?.map_or(Ok(()), Condemned::remove)
     }
 
@@ -227,7 +221,7 @@ impl Overlay {
         Ok(names(&self.containers_dir())?.iter().filter_map(|name| name.parse().ok()).collect())
     }
 
-    /// Measures what a container has written, and remembers it. This walks a tree: do it in the background.
+    /// Measures what a container has written. This walks a tree: do it in the background.
     ///
     /// # Errors
     /// `NotFound` if nothing was prepared for it.
@@ -236,14 +230,7 @@ impl Overlay {
         if !upper.is_dir() {
             return Err(Error::not_found(format!("container {container} has no root filesystem")));
         }
-        let usage = tree_usage(&upper)?;
-        self.measured().insert(container.clone(), (SystemTime::now(), usage));
-        Ok(usage)
-    }
-
-    /// What was measured last, and when.
-    pub fn measured_usage(&self, container: &ContainerId) -> Option<(SystemTime, Usage)> {
-        self.measured().get(container).copied()
+        tree_usage(&upper)
     }
 
     // Views.
@@ -300,11 +287,6 @@ impl Overlay {
                 .context(Kind::Internal, || format!("remove {}", path.display()))
                 .map(|()| Some(Condemned(condemned))),
         }
-    }
-
-    fn measured(&self) -> std::sync::MutexGuard<'_, HashMap<ContainerId, (SystemTime, Usage)>> {
-        // A map of measurements is right whatever happened to somebody who held it.
-        self.measured.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn layers_dir(&self) -> PathBuf {
